@@ -1,0 +1,48 @@
+# python3 (3.11 or newer), make and git are enough: every target makes its environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help reproduce test slow lab lint bench renders clean
+
+help:
+	@echo "make reproduce  run every notebook at the default size (PROFILE=smoke|mini|paper)"
+	@echo "make test       the test suite        make slow   the tests that need minutes"
+	@echo "make lab        JupyterLab            make lint   ruff and nbstripout"
+	@echo "make bench      the benchmarks        make renders  draw the default data again"
+
+# uv installs in seconds where the index has it; plain pip does the same slowly.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet uv 2>/dev/null || echo "uv is not to be had: using pip"
+	@if $(BIN)/python -m uv --version >/dev/null 2>&1; \
+	then $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[test,dist]'; \
+	else $(BIN)/python -m pip install --quiet -e '.[test,dist]'; fi
+	@touch $@
+
+reproduce: $(READY)
+	$(BIN)/rsd reproduce --profile $(or $(PROFILE),mini)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow --timeout=1800
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+bench: $(READY)
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+renders: $(READY)
+	$(BIN)/python data/mini/build/make_renders.py
+
+clean:
+	rm -rf $(VENV) runs data/cache

@@ -1,0 +1,290 @@
+"""The command ``rsd``: run notebooks with checked parameters, reproduce everything, predict from images."""
+
+import ast
+import difflib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from rsdlib import runtime
+from rsdlib.config import matches
+from rsdlib.errors import ConfigError, NotebookError, RsdError
+
+EXIT_USAGE, EXIT_REFUSED = 2, 3
+
+# --- notebooks --------------------------------------------------------------------------------------------------------------
+
+
+def notebooks():
+    """Return the project's notebooks by name, in order."""
+    return {path.stem: path for path in sorted((runtime.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+
+
+def find_notebook(name):
+    """Return a notebook's path from its name, number or path.
+
+    Raises
+    ------
+    ConfigError
+        There is no such notebook.
+    """
+    known = notebooks()
+    stem = Path(name).stem
+    found = [path for key, path in known.items() if key == stem or key.split("_")[0] == stem]
+    if found:
+        return found[0]
+    if Path(name).is_file():
+        return Path(name)
+    near = difflib.get_close_matches(stem, known, n=1)
+    raise ConfigError(f"there is no notebook {name!r}", f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}.")
+
+
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
+
+
+def check_parameters(path, parameters):
+    """Parse and check a notebook's parameters against its parameters cell; papermill itself lets mistakes pass.
+
+    Parameters
+    ----------
+    path : path-like
+    parameters : dict of str to str
+
+    Returns
+    -------
+    dict
+        Values of the types that the cell's annotations state.
+
+    Raises
+    ------
+    ConfigError
+        A name is unknown or a value of the wrong type.
+    """
+    import papermill
+
+    declared = papermill.inspect_notebook(str(path))
+    checked = {}
+    for name, text in parameters.items():
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(declared)}."
+            raise ConfigError(f"{Path(path).stem} has no parameter {name!r}", hint)
+        checked[name] = _parse(name, text, declared[name]["inferred_type_name"])
+    return checked
+
+
+def _parse(name, text, annotation):
+    wanted = [_TYPES[part] for part in re.findall(r"\w+", annotation.replace("Optional", "None")) if part in _TYPES]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    for option in wanted:
+        if option is not str and matches(value, option):
+            return float(value) if option is float else value
+    if str in wanted:
+        return text
+    raise ConfigError(f"{name} = {text!r} is not of type {annotation}", f"Give a value such as -p {name} <{annotation}>.")
+
+
+def run_notebook(name, parameters, output=None, timeout=None):
+    """Execute a notebook headless, to its very end.
+
+    Parameters
+    ----------
+    name : str
+    parameters : dict of str to str
+        Checked by `check_parameters`.
+    output : path-like, optional
+        Where the executed notebook goes; default ``runs/<profile>/notebooks/<name>.ipynb``.
+    timeout : int, optional
+        Seconds that one cell may take.
+
+    Returns
+    -------
+    Path
+        The executed notebook.
+
+    Raises
+    ------
+    ConfigError
+        See `check_parameters`.
+    NotebookError
+        A cell failed, the kernel died, or the notebook left early.
+    """
+    path = find_notebook(name)
+    values = check_parameters(path, parameters)
+
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if output is None:
+        profile = values.get("profile") or ast.literal_eval(papermill.inspect_notebook(str(path))["profile"]["default"])
+        output = runtime.root() / "runs" / profile / "notebooks" / f"{path.stem}.ipynb"
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["RSD_HEADLESS"] = "1"
+    runtime.log(f"{path.stem}: running -> {runtime.relative(output)}")
+    try:
+        done = papermill.execute_notebook(
+            str(path),
+            str(output),
+            parameters=values,
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            execution_timeout=timeout,
+            coalesce_streams=True,
+        )
+    except PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}".strip(": ").splitlines()
+        raise NotebookError(
+            f"{path.stem} failed in cell {error.exec_count}: {reason[0]}", f"See {runtime.relative(output)}."
+        ) from error
+    except DeadKernelError as error:
+        fix = "Often memory: use a smaller batch_size. Run it again, it resumes."
+        raise NotebookError(f"{path.stem}: the kernel died", fix, exit_code=138) from error
+    except CellTimeoutError as error:
+        raise NotebookError(f"{path.stem}: a cell took longer than {timeout} s", "Raise --timeout; a new run resumes.") from error
+    skipped = [cell for cell in done.cells if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None]
+    left = [out for cell in done.cells for out in cell.get("outputs", []) if out.get("ename") == "SystemExit"]
+    if skipped or left:
+        raise NotebookError(
+            f"{path.stem} left before its end (sys.exit?): {len(skipped)} cells did not run", f"See {runtime.relative(output)}."
+        )
+    return output
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------------
+
+Parameters = Annotated[tuple[tuple[str, str], ...], tyro.conf.arg(aliases=["-p"], metavar="NAME VALUE")]
+
+
+def run(notebook: str, /, param: Parameters = (), output: str | None = None, timeout: int | None = None):
+    """Run one notebook headless: rsd run 01_train_vit -p epochs 3.
+
+    Args:
+        notebook: its name or number.
+        param: a parameter's name and value; may be repeated.
+        output: where the executed notebook goes.
+        timeout: seconds that one cell may take.
+    """
+    started = time.monotonic()
+    path = run_notebook(notebook, dict(param), output, timeout)
+    runtime.log(f"done in {time.monotonic() - started:.0f} s: {runtime.relative(path)}")
+
+
+def reproduce(
+    profile: Literal["smoke", "mini", "paper"] = "mini",
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None,
+    only: str | None = None,
+):
+    """Run all notebooks in order, and say what came out.
+
+    Args:
+        profile: the size: smoke (a minute), mini (a laptop) or paper (GPUs, DiffusionDB).
+        from_: begin with this notebook.
+        only: run this one alone.
+    """
+    names = list(notebooks())
+    if only is not None:
+        names = [find_notebook(only).stem]
+    elif from_ is not None:
+        names = names[names.index(find_notebook(from_).stem) :]
+    rows = []
+    for number, name in enumerate(names, 1):
+        runtime.log(f"[{number}/{len(names)}] {name}")
+        started, clock = time.time(), time.monotonic()
+        run_notebook(name, {"profile": profile})
+        rows.append((name, time.monotonic() - clock, _new_files(started)))
+    runtime.log("\nnotebook                 seconds  new files")
+    for name, seconds, files in rows:
+        runtime.log(f"{name:<24} {seconds:>7.0f}  {', '.join(files) or '-'}")
+    for path in sorted((runtime.root() / "runs" / profile).glob("*/results.json")):
+        result = runtime.read_json(path)
+        cosine = result["cosine"]
+        found = f"median rank {result['median_rank']:.0f} of {result['candidates']}"
+        runtime.log(f"{path.parent.name:<32} test cosine {cosine['mean']:.4f} [{cosine['low']:.4f}, {cosine['high']:.4f}]  {found}")
+
+
+def _new_files(since):
+    """Return the figures and results written since a time."""
+    places = ("figures/**/*.png", "runs/*/figures/*.png", "runs/*/*/results.json")
+    files = (path for place in places for path in runtime.root().glob(place))
+    return [runtime.relative(path) for path in sorted(files) if path.stat().st_mtime >= since]
+
+
+def predict(
+    images: tuple[str, ...],
+    /,
+    run: str | None = None,
+    profile: str = "mini",
+    format: Literal["text", "json"] = "text",
+    device: str = "auto",
+):
+    """Read prompts out of images: rsd predict picture.png folder/.
+
+    Args:
+        images: image files, or folders of them.
+        run: a run folder; default: the last one trained.
+        profile: where to look for it.
+        format: text to read, or JSON with the embeddings.
+        device: auto, cpu or cuda.
+    """
+    from rsdlib.predict import Predictor, latest_run
+
+    if not images:
+        raise ConfigError("no image was given", "For example: rsd predict picture.png")
+    files = [file for image in images for file in _image_files(Path(image))]
+    folder = run or latest_run(profile)
+    found = Predictor.load(folder, device).predict(files)
+    if format == "json":
+        rows = zip(files, found.embeddings.tolist(), found.words, found.prompts, strict=True)
+        print(json.dumps([{"image": str(f), "embedding": e, "words": w, "prompts": p} for f, e, w, p in rows]))
+        return
+    print(f"model: {runtime.relative(folder)}")
+    for file, words, prompts in zip(files, found.words, found.prompts, strict=True):
+        print(f"\n{file}")
+        if words:
+            print("  words    " + ", ".join(f"{word} {probability:.2f}" for word, probability in words))
+        for prompt, similarity in prompts:
+            print(f"  {similarity:.3f}    {prompt}")
+
+
+def _image_files(path):
+    if path.is_dir():
+        found = sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+        )
+        if not found:
+            raise ConfigError(f"there are no images in {path}")
+        return found
+    if not path.exists():
+        raise ConfigError(f"there is no file {path}")
+    return [path]
+
+
+def main(arguments=None):
+    """Run ``rsd``; errors that `rsdlib` names end in one line and a documented exit code.
+
+    Exit codes: 0 done, 1 a notebook failed, 2 wrong usage or parameter, 3 refused input, 138 the kernel died.
+    """
+    commands = {"run": run, "reproduce": reproduce, "predict": predict}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="rsd", args=arguments, config=(tyro.conf.UseAppendAction,))
+    except ConfigError as error:
+        print(f"rsd: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except RsdError as error:
+        print(f"rsd: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", EXIT_REFUSED))
+    except KeyboardInterrupt:
+        print("rsd: stopped; run it again, it resumes", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,52 @@
+"""The paper's Fig. 3: one image encoder, an embedding head and a vocabulary head in three arrangements."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rsdlib.errors import ConfigError
+
+HEADS = ("separate", "concat", "sequential")
+
+
+class PromptRegressor(nn.Module):
+    """Predicts a prompt's embedding and the words in it from an image.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        Maps a batch of inputs to features (b, p) and states p as ``features``.
+    head : {"sequential", "separate", "concat"}
+        ``separate``: both heads read the features. ``concat``: the vocabulary logits join the features that the embedding head
+        reads. ``sequential``: the vocabulary head reads the predicted embedding (what the authors' code runs).
+    vocabulary_size : int
+        m; 0 leaves the vocabulary head out.
+    embedding_size : int
+        d.
+    """
+
+    def __init__(self, backbone, head="sequential", vocabulary_size=1000, embedding_size=384):
+        super().__init__()
+        if head not in HEADS:
+            raise ConfigError(f"head {head!r} is unknown", f"Use one of {HEADS}.")
+        self.backbone, self.arrangement, self.vocabulary_size = backbone, head, vocabulary_size
+        p, m, d = backbone.features, vocabulary_size, embedding_size
+        self.embedding_head = nn.Linear(p + m if head == "concat" else p, d)
+        self.vocabulary_head = nn.Linear(d if head == "sequential" else p, m) if m else None
+
+    def forward(self, batch):
+        """Return unit embeddings (b, d) and vocabulary logits (b, m), or None for m = 0."""
+        features = self.backbone(batch)  # (b, p)
+        return self.heads(features)
+
+    def heads(self, features):
+        """Map features (b, p) to embeddings (b, d) and logits (b, m)."""
+        logits = None
+        if self.vocabulary_head is not None and self.arrangement != "sequential":
+            logits = self.vocabulary_head(features)
+            if self.arrangement == "concat":
+                features = torch.cat([features, logits], dim=1)  # (b, p + m)
+        embedding = self.embedding_head(features)  # (b, d)
+        if self.vocabulary_head is not None and self.arrangement == "sequential":
+            logits = self.vocabulary_head(embedding)
+        return F.normalize(embedding.float(), dim=1), logits

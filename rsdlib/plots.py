@@ -1,0 +1,169 @@
+"""Figures as functions: data in, matplotlib axes (or a whole figure of pictures) out; no pyplot state, colour-blind-safe."""
+
+import textwrap
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from rsdlib import runtime
+
+# Okabe and Ito's palette, distinguishable under every common colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#7F7F7F"
+
+
+def _axes(ax, width=6.4, height=3.6):
+    ax = ax if ax is not None else Figure((width, height), layout="constrained").add_subplot()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def save(figure, path):
+    """Write a figure (or the figure of some axes) as PNG, whole or not at all, and return the path."""
+    figure = getattr(figure, "figure", figure)
+    with runtime.atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    runtime.log(f"figure: {runtime.relative(path)}")
+    return path
+
+
+def plot_report(report, *, ax=None):
+    """Draw how many rows each cleaning rule left; the bars' labels say how many it took.
+
+    Parameters
+    ----------
+    report : DataFrame
+        See `rsdlib.prompts.clean`.
+    """
+    ax = _axes(ax, height=0.36 * len(report) + 1)
+    y = np.arange(len(report))[::-1]
+    ax.barh(y, report["rows_out"], color=COLOURS[0], height=0.7)
+    ax.barh(y, report["rows_in"] - report["rows_out"], left=report["rows_out"], color=COLOURS[1], height=0.7)
+    for at, before, after in zip(y, report["rows_in"], report["rows_out"], strict=True):
+        ax.text(before, at, f" −{before - after:,}" if before > after else " 0", va="center", fontsize=8, color=GREY)
+    ax.set_yticks(y, report["rule"])
+    ax.set_xlim(0, max(report["rows_in"].max(), 1) * 1.12)
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("pairs left (blue) and dropped (orange) by each rule")
+    return ax
+
+
+def plot_words(words, counts, *, ax=None, most=30):
+    """Draw how many training prompts hold each of the most common vocabulary words."""
+    ax = _axes(ax, width=9)
+    words, counts = words[:most], np.asarray(counts)[:most]
+    ax.bar(np.arange(len(words)), counts, color=COLOURS[0])
+    ax.set_xticks(np.arange(len(words)), words, rotation=60, ha="right", fontsize=8)
+    ax.set_ylabel("training prompts")
+    return ax
+
+
+def plot_curves(runs, *, ax=None):
+    """Draw cosine similarity against the epoch: training pass (dashed) and validation, the best epoch marked.
+
+    Parameters
+    ----------
+    runs : dict of str to DataFrame
+        Name to the metrics of `rsdlib.training.load_run`.
+    """
+    ax = _axes(ax)
+    for (name, metrics), colour in zip(runs.items(), COLOURS, strict=False):
+        epochs = metrics.dropna(subset="val_similarity")
+        number = epochs["epoch"] + 1
+        ax.plot(number, epochs["train_similarity"], "--", color=colour, linewidth=1.2)
+        ax.plot(number, epochs["val_similarity"], "-", color=colour, label=name)
+        best = epochs["val_similarity"].idxmax()
+        ax.plot(number[best], epochs["val_similarity"][best], "o", color=colour)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("mean cosine similarity")
+    ax.legend(title="validation; training dashed, best epoch dotted", fontsize=8, title_fontsize=8, frameon=False)
+    return ax
+
+
+def plot_scores(rows, *, reference=None, ax=None):
+    """Draw each method's mean cosine similarity with its 95 % interval, and the paper's numbers as open diamonds.
+
+    Parameters
+    ----------
+    rows : list of dict
+        ``method`` and ``cosine`` (mean, low, high), as `rsdlib.recipes.Scores.table` returns.
+    reference : dict of str to float, optional
+        The paper's number for some of the methods.
+    """
+    ax = _axes(ax, height=0.4 * len(rows) + 1.1)
+    for at, row in enumerate(reversed(rows)):
+        cosine = row["cosine"]
+        ax.plot([cosine["low"], cosine["high"]], [at, at], color=COLOURS[0], linewidth=2)
+        ax.plot(cosine["mean"], at, "o", color=COLOURS[0])
+        ax.annotate(f"{cosine['mean']:.3f}", (cosine["mean"], at), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        if reference and row["method"] in reference:
+            ax.plot(reference[row["method"]], at, "D", markerfacecolor="none", color=COLOURS[1])
+    ax.set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
+    ax.set_ylim(-0.6, len(rows) - 0.3)
+    ax.grid(visible=False, axis="y")
+    note = "; ◇ the paper, on DiffusionDB" if reference else ""
+    ax.set_xlabel(f"mean cosine similarity on the test set, 95 % interval{note}")
+    return ax
+
+
+def plot_recall(ranks, candidates, *, ax=None):
+    """Draw the share of images whose true prompt is among the k nearest test prompts, against k, beside chance.
+
+    Parameters
+    ----------
+    ranks : dict of str to ndarray (n,)
+        Method to ranks, see `rsdlib.metrics.retrieval`.
+    candidates : int
+        Distinct prompts to choose from.
+    """
+    ax = _axes(ax)
+    k = np.arange(1, candidates + 1)
+    for (name, values), colour in zip(ranks.items(), COLOURS, strict=False):
+        ax.plot(k, np.searchsorted(np.sort(values), k, side="right") / len(values), color=colour, label=name)
+    ax.plot(k, k / candidates, ":", color=GREY, label="chance")
+    ax.set_xscale("log")
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_xlabel(f"k (of {candidates:,} prompts)")
+    ax.set_ylabel("true prompt among the k nearest")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
+    """Draw images with text below each.
+
+    Parameters
+    ----------
+    images : sequence of arrays (h, w, 3) or (3, h, w), uint8, or PIL images
+    captions : sequence of str
+        Line breaks are kept, long lines wrapped.
+    columns, wrap, size : int
+        Pictures a row, characters a line, font size.
+    width : float
+        Inches.
+
+    Returns
+    -------
+    Figure
+    """
+    texts = ["\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, wrap) or [""]) for text in captions]
+    rows = -(-len(texts) // columns)
+    lines = [max(text.count("\n") + 1 for text in texts[r * columns : (r + 1) * columns]) for r in range(rows)]
+    heights = [width / columns * 0.92 + n * size * 1.35 / 72 for n in lines]
+    figure = Figure((width, sum(heights)))
+    grid = figure.add_gridspec(
+        rows, columns, height_ratios=heights, left=0.01, right=0.99, top=0.995, bottom=0.0, hspace=0.0, wspace=0.06
+    )
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        row, column = divmod(number, columns)
+        ax = figure.add_subplot(grid[row, column], anchor="N")
+        pixels = np.asarray(image)
+        ax.imshow(pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels, interpolation="nearest")
+        ax.set_axis_off()
+        ax.text(0, -0.03, text, transform=ax.transAxes, va="top", fontsize=size, linespacing=1.25)
+    return figure

@@ -1,0 +1,392 @@
+"""The steps that notebooks share: prepare the data, train a backbone, score it beside the baselines.
+
+Each step stores what it made under a key of what made it, so that a notebook finds the work of an earlier one or does it itself.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rsdlib import data, metrics, prompts, runtime
+from rsdlib.config import BackboneConfig, DataConfig, HeadConfig, as_dict, replace
+from rsdlib.errors import BadTableError
+
+# --- data -------------------------------------------------------------------------------------------------------------------
+
+_RULES = "1"  # part of the key of prepared data: change it with what the rules of `rsdlib.prompts` do
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Clean, split, labelled pairs.
+
+    Attributes
+    ----------
+    key : str
+        Of the source's rows and the settings.
+    pairs : DataFrame
+        id, prompt, image, key (of the normalised prompt), split ("train", "val", "test"), and the source's metadata.
+    report : DataFrame
+        One row per cleaning rule.
+    vocabulary : rsdlib.prompts.Vocabulary
+        Of the training prompts.
+    targets : ndarray (n, 384), float32, memory-mapped
+    labels : ndarray (n, ceil(m / 8)), uint8, memory-mapped
+        Packed, see `rsdlib.training.pack`.
+    """
+
+    key: str
+    config: DataConfig
+    pairs: pd.DataFrame
+    report: pd.DataFrame
+    vocabulary: prompts.Vocabulary
+    targets: np.ndarray
+    labels: np.ndarray
+
+    def rows(self, split):
+        """Return the rows of ``"train"``, ``"val"`` or ``"test"``."""
+        return np.flatnonzero((self.pairs["split"] == split).to_numpy())
+
+    def sizes(self):
+        """Return a table: split, pairs, prompts, and how many of its prompts another split holds too (zero)."""
+        rows = []
+        for split in ("train", "val", "test"):
+            mine = self.pairs["split"] == split
+            shared = set(self.pairs.loc[mine, "key"]) & set(self.pairs.loc[~mine, "key"])
+            rows.append(
+                {"split": split, "pairs": int(mine.sum()), "prompts": self.pairs.loc[mine, "key"].nunique(), "shared": len(shared)}
+            )
+        return pd.DataFrame(rows)
+
+    def images(self, size, on_bad="error"):
+        """Return the decoded images of all pairs, stored once (see `rsdlib.data.ImageStore`)."""
+        return data.ImageStore.build(self.pairs, size, on_bad=on_bad)
+
+
+def prepare(config):
+    """Read, clean, split, label and embed the pairs of a source, or find them done.
+
+    Parameters
+    ----------
+    config : rsdlib.config.DataConfig
+
+    Returns
+    -------
+    Prepared
+    """
+    source = runtime.resolve_path(config.source)
+    pairs = data.load_pairs(source, limit=config.limit)
+    fingerprint = pd.util.hash_pandas_object(pairs[["id", "prompt"]].astype(str), index=False).to_numpy()
+    settings = {name: value for name, value in as_dict(config).items() if name != "source"}
+    key = runtime.digest([settings, _RULES, fingerprint.tolist()])
+    folder = runtime.cache_dir() / "prepared" / key
+    if not (folder / "vocabulary.json").exists():  # the last file of this step
+        _prepare(config, pairs, folder)
+    kept = pd.read_parquet(folder / "pairs.parquet").merge(pairs.drop(columns="prompt"), on="id", how="left", validate="1:1")
+    vocabulary = prompts.Vocabulary.load(folder / "vocabulary.json")
+    made_from = {"prepared": key}
+    arrays = runtime.cached_arrays(folder / "answers.safetensors", lambda: _answers(kept["prompt"], vocabulary), made_from)
+    report = pd.read_parquet(folder / "report.parquet")
+    return Prepared(key, config, kept, report, vocabulary, arrays["targets"], arrays["labels"])
+
+
+def _prepare(config, pairs, folder):
+    kept, report = prompts.clean(pairs, config.clean)
+    if kept.empty:
+        raise BadTableError(
+            f"no pair of {config.source} is left after cleaning", "Loosen the rules; the report says which took most."
+        )
+    kept["split"] = prompts.split(kept["key"], config.val_fraction, config.test_fraction)
+    for split in ("train", "val", "test"):
+        if not (kept["split"] == split).any():
+            raise BadTableError(
+                f"the {split} split of {config.source} is empty: {len(kept)} pairs are too few", "Add data or raise its fraction."
+            )
+    vocabulary = prompts.Vocabulary.fit(kept.loc[kept["split"] == "train", "prompt"], config.vocabulary_size)
+    runtime.write_parquet(folder / "pairs.parquet", kept[["id", "prompt", "key", "split"]])
+    runtime.write_parquet(folder / "report.parquet", report)
+    vocabulary.save(folder / "vocabulary.json")
+
+
+def _answers(texts, vocabulary):
+    from rsdlib.training import pack
+
+    return {"targets": prompts.embed_cached(texts), "labels": pack(vocabulary.encode(texts))}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a model, besides the training settings; stored in the run folder, enough to build the model again."""
+
+    backbone: BackboneConfig
+    head: HeadConfig
+    words: tuple = ()  # the vocabulary; empty without vocabulary head
+    prepared: str = ""  # key of the data
+    seed: int = 0
+    curriculum: dict = field(default_factory=dict)
+
+    def build(self):
+        """Return the model with its starting weights, a function of the recipe alone."""
+        import torch
+
+        from rsdlib import backbones
+        from rsdlib.model import PromptRegressor
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(runtime.torch_seed("weights", self.seed))
+            return PromptRegressor(backbones.create(self.backbone), self.head.head, len(self.words))
+
+    @classmethod
+    def load(cls, values):
+        """Read a recipe back from ``config.json``."""
+        nested = {
+            "backbone": BackboneConfig(**values["backbone"]),
+            "head": HeadConfig(**values["head"]),
+            "words": tuple(values["words"]),
+        }
+        return cls(**{**values, **nested})
+
+
+def train(profile, backbone, prepared, *, weight=None, head=None, on_bad="error", **changes):
+    """Train one backbone on prepared pairs, or find the run done.
+
+    Parameters
+    ----------
+    profile : rsdlib.config.Profile
+    backbone : str
+        A name in ``profile.backbones``, or ``"timm:<name>"``.
+    prepared : Prepared
+    weight : float, optional
+        The vocabulary loss's weight lambda; 0 trains the embedding alone ("vanilla").
+    head : str, optional
+        Arrangement of the heads.
+    on_bad : {"error", "skip"}
+        What to do about images that cannot be read.
+    **changes
+        Training settings that differ from the profile's, such as ``epochs=3``.
+
+    Returns
+    -------
+    Path
+        The run folder, ``runs/<profile>/<backbone>-<vanilla or mlc>-<key>``.
+    """
+    from rsdlib import training
+    from rsdlib.losses import JointObjective
+
+    asked = {name: value for name, value in (("weight", weight), ("head", head)) if value is not None}
+    heads = replace(profile.head, **asked)
+    settings = profile.training(backbone, **changes)
+    words = prepared.vocabulary.words if heads.weight else ()
+    recipe = Recipe(profile.backbone(backbone), heads, words, prepared.key, settings.seed)
+    name = f"{backbone.replace(':', '-')}-{'mlc' if words else 'vanilla'}"
+    folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), as_dict(settings)], 8)}"
+    model = recipe.build()
+    store = prepared.images(model.backbone.image_size, on_bad)
+    usable = store.ok
+    rows = {split: (found := prepared.rows(split))[usable[found]] for split in ("train", "val")}
+    pairs = training.PairData(store, prepared.targets, prepared.labels if words else None, len(words), **rows)
+    runtime.log(f"{name}: {len(rows['train'])} training pairs, {settings.epochs} epochs -> {runtime.relative(folder)}")
+    objective = JointObjective(heads.weight, heads.huber)
+    return training.fit(model, pairs, settings, folder, objective=objective, recipe=as_dict(recipe))
+
+
+def image_size(profile, backbone):
+    """Return the pixels a side that a backbone reads."""
+    from rsdlib import backbones
+
+    size = profile.backbone(backbone).image_size
+    return size if size is not None else backbones.create(replace(profile.backbone(backbone), pretrained=False)).image_size
+
+
+def starting_model(folder):
+    """Return the model that a run started from."""
+    return Recipe.load(runtime.read_json(Path(folder) / "config.json")["recipe"]).build()
+
+
+def load_model(folder):
+    """Return the trained model of a run folder, and its recipe."""
+    from rsdlib import training
+
+    recipe = Recipe.load(runtime.read_json(Path(folder) / "config.json")["recipe"])
+    # The run's own weights follow: pretrained ones need not be here.
+    model = dataclasses.replace(recipe, backbone=replace(recipe.backbone, pretrained=False)).build()
+    training.load_weights(model, Path(folder) / "model.safetensors")
+    return model, recipe
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------------
+
+
+def score(pred, target, groups):
+    """Return the figures that every result states.
+
+    Parameters
+    ----------
+    pred, target : ndarray (n, d)
+    groups : array-like (n,)
+        The prompts' keys: images of one prompt are resampled together and share one candidate in the retrieval.
+
+    Returns
+    -------
+    dict
+        cosine (mean, low, high, n), median_rank, recall@1/5/10 and the number of candidates.
+    """
+    found = metrics.retrieval(pred, target, groups)
+    cosine = metrics.bootstrap_ci(metrics.cosine(pred, target), groups=groups)
+    recalls = {f"recall@{k}": found.recall(k) for k in (1, 5, 10)}
+    return {"cosine": as_dict(cosine), "median_rank": found.median_rank, **recalls, "candidates": found.candidates}
+
+
+@dataclass
+class Scores:
+    """Predictions of several methods on one split, compared on the same items.
+
+    Parameters
+    ----------
+    prepared : Prepared
+    store : rsdlib.data.ImageStore
+    split : {"val", "test"}
+    """
+
+    prepared: Prepared
+    store: object
+    split: str = "test"
+    predictions: dict = field(default_factory=dict)  # method -> (n, d)
+
+    @cached_property
+    def rows(self):
+        """Rows of the split whose images can be read."""
+        rows = self.prepared.rows(self.split)
+        return rows[self.store.ok[rows]]
+
+    @property
+    def target(self):
+        """True embeddings (n, d)."""
+        return self.prepared.targets[self.rows]
+
+    @property
+    def groups(self):
+        """Prompt of each item."""
+        return self.prepared.pairs["key"].to_numpy()[self.rows]
+
+    def cosine(self, method):
+        """Return each item's cosine similarity under `method`."""
+        return metrics.cosine(self.predictions[method], self.target)
+
+    def table(self, baselines):
+        """Return one row per method: its scores, its gain over each baseline with interval and p-value."""
+        rows = []
+        for method, pred in self.predictions.items():
+            row = {"method": method, **score(pred, self.target, self.groups)}
+            for baseline in baselines:
+                if method not in baselines:
+                    test = metrics.paired_test(self.cosine(method), self.cosine(baseline), groups=self.groups)
+                    row[f"gain over {baseline}"] = as_dict(test)
+            rows.append(row)
+        return rows
+
+
+def as_table(rows):
+    """Return score rows as a data frame to read: intervals in brackets, gains with their p-values."""
+
+    def text(value):
+        if isinstance(value, dict) and "p" in value:
+            return f"{text(value['difference'])}, p = {value['p']:.2g}"
+        if isinstance(value, dict):
+            return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+        return f"{value:.3g}" if isinstance(value, float) else value
+
+    return pd.DataFrame([{name: text(value) for name, value in row.items()} for row in rows]).fillna("").set_index("method").T
+
+
+MEAN, KNN_BEFORE, KNN_AFTER = "mean embedding", "k-NN, features as they came", "k-NN, features as trained"
+BASELINES = (MEAN, KNN_BEFORE, KNN_AFTER)
+
+
+def predict_baselines(scores, before, after, neighbours=(1, 4, 16, 64), device="auto"):
+    """Add the predictions that a trained model has to beat.
+
+    Parameters
+    ----------
+    scores : Scores
+    before, after : PromptRegressor
+        With starting and with trained weights: their backbones give the features for the k-NN.
+    neighbours : sequence of int
+        Candidates for k; the best on validation is used.
+
+    Returns
+    -------
+    dict
+        Chosen k of each k-NN.
+    """
+    from rsdlib.retrieval import knn_regress
+    from rsdlib.training import apply
+
+    prepared, store = scores.prepared, scores.store
+    train, val = (rows[store.ok[rows]] for rows in (prepared.rows("train"), prepared.rows("val")))
+    targets = np.asarray(prepared.targets[train])
+    mean = targets.mean(axis=0, keepdims=True)  # (1, d)
+    scores.predictions[MEAN] = np.repeat(mean, len(scores.rows), axis=0)
+    chosen = {}
+    for name, model in ((KNN_BEFORE, before), (KNN_AFTER, after)):
+        base, own, queries = (
+            apply(model.backbone, store, rows, device=device, description=f"features of {what}")
+            for rows, what in ((train, "train"), (val, "val"), (scores.rows, scores.split))
+        )
+        chosen[name] = max(
+            (k for k in neighbours if k <= len(base)),
+            key=lambda k, base=base, own=own: metrics.cosine(knn_regress(own, base, targets, k), prepared.targets[val]).mean(),
+        )
+        scores.predictions[name] = knn_regress(queries, base, targets, chosen[name])
+    return chosen
+
+
+def predict_run(folder, prepared, store, split, device="auto"):
+    """Return a run's predictions on a split, stored in its folder with a table of the same rows.
+
+    Returns
+    -------
+    ndarray (n, d), float32, unit rows
+        Also in ``predictions-<split>.safetensors``; ``predictions-<split>.parquet`` has id, prompt and cosine of each row.
+    """
+    from rsdlib.training import apply
+
+    rows = prepared.rows(split)
+    rows = rows[store.ok[rows]]
+    items = prepared.pairs.iloc[rows][["id", "prompt"]]
+
+    def predict():
+        model, _ = load_model(folder)
+        pred = apply(model, store, rows, pick=lambda out: out[0], device=device, description=f"predicting {split}")
+        cosine = metrics.cosine(pred, prepared.targets[rows])
+        runtime.write_parquet(Path(folder) / f"predictions-{split}.parquet", items.assign(cosine=cosine))
+        return {"embedding": pred}
+
+    made_from = {"items": runtime.digest(items.to_numpy().tolist())}
+    return runtime.cached_arrays(Path(folder) / f"predictions-{split}.safetensors", predict, made_from)["embedding"]
+
+
+def write_results(folder, prepared, row, **more):
+    """Write a run's ``results.json``: its figures, and the data, seed and hardware behind them."""
+    from rsdlib.training import load_run
+
+    run = load_run(folder)
+    best = run.metrics.dropna(subset="val_similarity").sort_values("val_similarity").iloc[-1]
+    facts = {
+        "source": runtime.relative(runtime.resolve_path(prepared.config.source)),
+        "prepared": prepared.key,
+        "sizes": prepared.sizes().to_dict("records"),
+        "seed": run.config.seed,
+        "epochs": run.config.epochs,
+        "best_epoch": int(best["epoch"]) + 1,
+        "val_cosine": float(best["val_similarity"]),
+        "environment": runtime.read_json(run.folder / "run.json"),
+    }
+    runtime.write_json(run.folder / "results.json", {**row, **facts, **more})

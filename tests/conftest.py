@@ -1,0 +1,30 @@
+"""Shared by all tests: no network, one small project folder for everything that writes."""
+
+import os
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "RSD_HEADLESS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """Return a project folder with the repository's notebooks and mini data, but its own caches, runs and figures."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "data").mkdir()
+    for name in ("pyproject.toml", "notebooks", "data/mini"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    before = os.environ.get("RSD_ROOT")
+    os.environ["RSD_ROOT"] = str(folder)
+    yield folder
+    os.environ.pop("RSD_ROOT") if before is None else os.environ.update(RSD_ROOT=before)
+
+
+@pytest.fixture(autouse=True)
+def own_root(request, tmp_path, monkeypatch):
+    """Keep every other test's caches and runs in its own temporary folder."""
+    if "project" not in request.fixturenames:
+        monkeypatch.setenv("RSD_ROOT", str(tmp_path))

@@ -1,0 +1,599 @@
+"""`rsdlib.data`: what is read, what is refused, and that the store gives back what a fresh decode gives."""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import resource
+import struct
+import time
+import zipfile
+
+import broken
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageFile
+
+from rsdlib import data, runtime
+from rsdlib.errors import BadArchiveError, BadImageError, BadTableError, BadValueError, ConfigError
+
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """Put the project's folder, and with it the cache, below the test's own."""
+    monkeypatch.setenv("RSD_ROOT", str(tmp_path))
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
+def same(a, b):
+    pd.testing.assert_frame_equal(a, b, check_dtype=False)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", broken.BROKEN_IMAGES)
+def test_broken_image_is_refused_by_name(name, tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(broken.BROKEN_IMAGES[name]())
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(BadImageError) as error:
+        data.open_image(path)
+    assert time.perf_counter() - start < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KiB
+    assert (error.value.id, error.value.part) == ("x.png", ".")
+    assert "x.png" in str(error.value)
+    assert error.value.reason in str(error.value)
+    assert error.value.fix
+    assert "0x" not in error.value.reason
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("name", broken.GOOD_IMAGES)
+def test_every_mode_becomes_rgb(name, tmp_path):
+    make, size, colour, tolerance = broken.GOOD_IMAGES[name]
+    path = tmp_path / "x.png"  # the content decides, not the suffix
+    path.write_bytes(make())
+    image = data.open_image(path)
+    assert (image.mode, image.size) == ("RGB", size)
+    assert np.abs(np.subtract(image.getpixel((0, 0)), colour)).max() <= tolerance
+    pixels = data.resize(image, 16)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+
+
+def test_exif_turns_the_image(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(broken.GOOD_IMAGES["turned by EXIF"][0]())
+    pixels = np.asarray(data.open_image(path))  # (h, w, 3)
+    assert (pixels[:10] == 255).all()
+    assert (pixels[10:] == 0).all()
+
+
+def test_absent_images(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("none.png", "pipe.png", "folder.png"):
+        with pytest.raises(BadImageError, match="no such file"):
+            data.open_image(f"{tmp_path}/{name}")
+    with pytest.raises(BadArchiveError, match="cannot be opened"):
+        data.open_image("none.zip::a.png")
+
+
+def test_file_cap(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_BYTES", 1000)
+    (tmp_path / "x.png").write_bytes(bytes(1001))
+    with pytest.raises(BadImageError, match="more than 1,000 bytes"):
+        data.open_image(tmp_path / "x.png")
+
+
+def test_no_file_stays_open(tmp_path):
+    (tmp_path / "part-000001.zip").write_bytes(broken.BROKEN_MEMBERS["flipped byte"]())
+    (tmp_path / "part-000002.zip").write_bytes(broken.BROKEN_ZIPS["symlink"]())
+    (tmp_path / "x.png").write_bytes(broken.BROKEN_IMAGES["PNG cut at 0.5"]())
+    before = len(os.listdir("/dev/fd"))
+    data.open_image(tmp_path / "part-000001.zip::b.png")
+    for locator in ("part-000001.zip::a.png", "part-000002.zip::a.png", "x.png"):
+        with pytest.raises((BadImageError, BadArchiveError)):
+            data.open_image(tmp_path / locator)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_threads_agree(tmp_path):
+    broken.diffusiondb(tmp_path)
+    locators = [*data.load_pairs(tmp_path)["image"]] * 20
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(data.open_image, locators))
+    assert all(image == data.open_image(locator) for image, locator in zip(images, locators, strict=True))
+
+
+def test_resize_is_the_centre_square_bicubic():
+    image = broken.photo(64, 64)
+    assert (data.resize(image, 64) == np.asarray(image).transpose(2, 0, 1)).all()
+    assert (data.resize(image, 24) == np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)).transpose(2, 0, 1)).all()
+    wide = Image.new("RGB", (128, 64), "black")
+    wide.paste(image, (32, 0))
+    assert (data.resize(wide, 64) == data.resize(image, 64)).all()
+    assert data.resize(image, 100).shape == (3, 100, 100)
+
+
+# --- zips -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", broken.BROKEN_ZIPS)
+def test_broken_zip_is_refused_and_writes_nothing(name, source, monkeypatch):
+    monkeypatch.setattr(data, "MAX_MEMBERS", 50)
+    part = source / "images" / "part-000001.zip"
+    part.parent.mkdir()
+    part.write_bytes(broken.BROKEN_ZIPS[name]())
+    before = sorted(source.parent.rglob("*"))
+    for read in (lambda: data.open_image(f"{part}::ok.png"), lambda: data.load_pairs(source)):
+        with pytest.raises(BadArchiveError, match=r"part-000001\.zip"):
+            read()
+    assert sorted(source.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", broken.BROKEN_MEMBERS)
+def test_broken_member_is_refused_alone(name, tmp_path):
+    part = tmp_path / "part-000001.zip"
+    part.write_bytes(broken.BROKEN_MEMBERS[name]())
+    with pytest.raises(BadImageError) as error:
+        data.open_image(f"{part}::a.png")
+    assert (error.value.id, error.value.part) == ("a.png", "part-000001.zip")
+    assert data.open_image(f"{part}::b.png").size == (8, 8)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extracted", [False, True], ids=["zips", "folders"])
+@pytest.mark.parametrize("holders", [("table",), ("jsons",), ("table", "jsons")], ids="+".join)
+def test_diffusiondb_layouts(source, extracted, holders):
+    expected = broken.diffusiondb(source, table="table" in holders, jsons="jsons" in holders, extracted=extracted)
+    pairs = data.load_pairs(source)
+    expected = expected.sort_values("image_name", ignore_index=True)
+    assert [*pairs["id"]] == [*expected["image_name"]]
+    assert [*pairs["prompt"]] == [*expected["prompt"]]
+    assert [*pairs["seed"]] == [*expected["seed"]]
+    assert [*pairs["part_id"]] == [*expected["part_id"]]
+    assert [*pairs.columns[:3]] == ["id", "prompt", "image"]
+    assert all(data.open_image(locator).height == 48 for locator in pairs["image"])
+    assert all(locator.startswith("source/images/part-00000") for locator in pairs["image"])  # no machine's path
+
+
+def test_parts_may_lie_in_the_source_itself(source):
+    broken.diffusiondb(source)
+    expected = data.load_pairs(source)
+    for part in (source / "images").iterdir():
+        part.rename(source / part.name)
+    same(data.load_pairs(source).drop(columns="image"), expected.drop(columns="image"))
+
+
+def test_locators_work_from_any_directory(source, tmp_path, monkeypatch):
+    broken.diffusiondb(source)
+    locator = data.load_pairs(source)["image"].iloc[0]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data.open_image(locator)
+    tmp_path.joinpath("source").rename(tmp_path / "moved")
+    data.open_image(data.load_pairs("moved")["image"].iloc[0])
+
+
+def test_order_of_rows_does_not_matter(source):
+    frame = broken.diffusiondb(source, parts=3)
+    pairs, few = data.load_pairs(source), data.load_pairs(source, limit=4)
+    frame.sample(frac=1, random_state=1).to_parquet(source / "metadata.parquet")
+    same(data.load_pairs(source), pairs)
+    same(data.load_pairs(source, limit=4), few)
+    same(few, pairs.iloc[:4])
+    with pytest.raises(ConfigError):
+        data.load_pairs(source, limit=0)
+
+
+def test_rows_of_absent_parts_are_left_out_and_counted(source, capsys):
+    broken.diffusiondb(source, parts=3)
+    (source / "images" / "part-000002.zip").unlink()
+    pairs = data.load_pairs(source)
+    assert sorted(pairs["part_id"].unique()) == [1, 3]
+    assert "5 of 15 rows are left out" in capsys.readouterr().out
+
+
+def test_unlisted_files_are_counted(source, capsys):
+    frame = broken.diffusiondb(source, jsons=False)
+    frame.iloc[1:].to_parquet(source / "metadata.parquet")
+    assert len(data.load_pairs(source)) == 9
+    assert "1 files in the parts are not listed" in capsys.readouterr().out
+
+
+def test_missing_prompts_stay_missing(source):
+    frame = broken.diffusiondb(source, parts=1, images=3, jsons=False)
+    frame["prompt"] = ["None", None, ""]
+    frame.to_parquet(source / "metadata.parquet")
+    prompts = data.load_pairs(source).set_index("id")["prompt"].loc[frame["image_name"]]
+    assert [pd.isna(prompt) for prompt in prompts] == [False, True, False]
+    assert prompts.iloc[0] == "None"
+
+
+def _rewrite(change):
+    """Return a fault: a change of the table's frame."""
+    return lambda folder, frame: change(frame).to_parquet(folder / "metadata.parquet")
+
+
+def _rewrite_json(change):
+    """Return a fault: a change of the first part's JSON."""
+
+    def fault(folder, _):
+        members = broken.read_part(folder, 1)
+        listed = json.loads(members["part-000001.json"])
+        members["part-000001.json"] = change(listed).encode()
+        broken.write_part(folder, 1, members)
+
+    return fault
+
+
+def _drop_image(folder, frame):
+    members = broken.read_part(folder, 1)
+    del members[frame["image_name"].iloc[2]]
+    broken.write_part(folder, 1, members)
+
+
+def _first(frame, **values):
+    return pd.concat([frame.iloc[:1].assign(**values), frame], ignore_index=True)
+
+
+def _other_prompt(listed):
+    return json.dumps({name: {**row, "p": row["p"] + "!"} for name, row in listed.items()})
+
+
+BAD_TABLES = {  # fault, error, what the message names
+    "table cut": (lambda folder, _: os.truncate(folder / "metadata.parquet", 300), BadTableError, "metadata.parquet"),
+    "table empty": (lambda folder, _: os.truncate(folder / "metadata.parquet", 0), BadTableError, "metadata.parquet"),
+    "table is text": (lambda folder, _: (folder / "metadata.parquet").write_text("x" * 999), BadTableError, "metadata.parquet"),
+    "no prompt column": (_rewrite(lambda frame: frame.drop(columns="prompt")), BadTableError, "'prompt'"),
+    "no name column": (_rewrite(lambda frame: frame.drop(columns="image_name")), BadTableError, "'image_name'"),
+    "no part column": (_rewrite(lambda frame: frame.drop(columns="part_id")), BadTableError, "'part_id'"),
+    "prompts are numbers": (_rewrite(lambda frame: frame.assign(prompt=1.5)), BadTableError, "'prompt'.*text"),
+    "prompts are bytes": (_rewrite(lambda frame: frame.assign(prompt=b"x")), BadTableError, "'prompt'.*text"),
+    "names are numbers": (_rewrite(lambda frame: frame.assign(image_name=range(len(frame)))), BadTableError, "'image_name'.*text"),
+    "a name is missing": (_rewrite(lambda frame: _first(frame, image_name=None)), BadTableError, "'image_name'.*text"),
+    "parts are text": (_rewrite(lambda frame: frame.assign(part_id="one")), BadTableError, "'part_id'.*whole numbers"),
+    "scores are text": (_rewrite(lambda frame: frame.assign(image_nsfw="low")), BadTableError, "'image_nsfw'.*numbers"),
+    "a row twice": (_rewrite(_first), BadTableError, "-1000.png' stands 2 times.*same prompt"),
+    "an id with two prompts": (_rewrite(lambda frame: _first(frame, prompt="x")), BadTableError, "-1000.png' .*different prompt"),
+    "an id in two parts": (_rewrite(lambda frame: _first(frame, part_id=2)), BadTableError, "-1000.png' .*different part_id"),
+    "an id in no part": (_rewrite(lambda frame: _first(frame, image_name="q.png")), BadArchiveError, "'q.png'.*part-000001"),
+    "a name that climbs": (
+        _rewrite(lambda frame: _first(frame, image_name="../q.png")),
+        BadArchiveError,
+        "'../q.png'.*part-000001",
+    ),
+    "an image not in its part": (_drop_image, BadArchiveError, "-1002.png'.*part-000001"),
+    "JSON contradicts": (_rewrite_json(_other_prompt), BadTableError, "number 1.*part-000001"),
+    "JSON names another image": (
+        _rewrite_json(lambda x: json.dumps({"q.png": {"p": ""}, **x})),
+        BadArchiveError,
+        "'q.png'.*part-000001",
+    ),
+    "JSON cut": (_rewrite_json(lambda x: json.dumps(x)[:-9]), BadTableError, "part-000001.json"),
+    "JSON is a list": (_rewrite_json(lambda x: json.dumps([*x])), BadTableError, "part-000001.json"),
+    "JSON nested too deeply": (_rewrite_json(lambda x: "[" * 200_000), BadTableError, "part-000001.json"),
+    "JSON repeats a key": (
+        _rewrite_json(lambda x: '{"a.png": {"p": ""}, "a.png": {"p": "x"}}'),
+        BadTableError,
+        "'a.png' stands twice",
+    ),
+    "no part on disk": (lambda folder, _: [p.unlink() for p in folder.glob("images/*")], BadTableError, "source"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_table(name, source):
+    fault, error, message = BAD_TABLES[name]
+    fault(source, broken.diffusiondb(source))
+    with pytest.raises(error, match=message) as raised:
+        data.load_pairs(source)
+    assert raised.value.fix
+    assert str(source) not in str(raised.value)
+
+
+@pytest.mark.parametrize("extracted", [False, True], ids=["zips", "folders"])
+def test_two_parts_with_one_id_and_no_table(source, extracted):
+    members = {"a.png": b"", "part-000001.json": b'{"a.png": {"p": "x"}}', "part-000002.json": b'{"a.png": {"p": "x"}}'}
+    for part in (1, 2):
+        broken.write_part(source, part, members, extracted)
+    with pytest.raises(BadTableError, match=r"'a\.png' stands 2 times.*different part_id"):
+        data.load_pairs(source)
+
+
+def test_no_table_at_all(source):
+    for folder, message in ((source, "neither"), (source / "none", "no folder")):
+        with pytest.raises(BadTableError, match=message):
+            data.load_pairs(folder)
+    broken.diffusiondb(source, table=False, jsons=False)
+    with pytest.raises(BadTableError, match=r"part-000001\.zip has no part-000001\.json"):
+        data.load_pairs(source)
+
+
+WORDS = ["None", "nan", "NA", "null", "n/a", ' kept, as "found"\n', "漢字 🦊", "001"]
+
+
+def _plain(folder, names, suffix):
+    """Write a plain folder with one image and one of `WORDS` a row; `names` are its columns for the file and the prompt."""
+    rows = [{names[0]: f"{i:03d}.png", names[1]: word, "seed": i} for i, word in enumerate(WORDS)]
+    for row in rows:
+        broken.photo(seed=row["seed"]).save(folder / row[names[0]])
+    if suffix == "csv":
+        pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
+    else:
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "names", [("file_name", "text"), ("image", "caption"), ("image_name", "prompt"), ("id", "prompt")], ids="+".join
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_plain_folder(source, names, suffix):
+    _plain(source, names, suffix)
+    pairs = data.load_pairs(source)
+    assert [*pairs["prompt"]] == WORDS
+    assert [*pairs["seed"]] == [*range(len(WORDS))]
+    assert [*pairs.columns] == ["id", "prompt", "image", "seed"]
+    assert pairs["image"].iloc[1] == "source/001.png"
+    assert data.open_image(pairs["image"].iloc[1]) == broken.photo(seed=1)
+
+
+def test_plain_ids_may_lack_the_suffix_and_files_may_lie_deeper(source):
+    (source / "deep").mkdir()
+    broken.photo().save(source / "007.png")
+    broken.photo().save(source / "deep" / "x.png")
+    (source / "metadata.jsonl").write_text('{"id": "007", "prompt": null}\n{"id": "deep/x", "prompt": "cut \\ud83d"}\n')
+    pairs = data.load_pairs(source)
+    assert [*pairs["id"]] == ["007", "deep/x"]
+    assert [*pairs["image"]] == ["source/007.png", "source/deep/x.png"]
+    assert pd.isna(pairs["prompt"].iloc[0])
+    assert pairs["prompt"].iloc[1] == "cut ?"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("csv", "", "metadata.csv cannot be read"),
+        ("csv", "id,prompt\n../../etc/passwd,x\n", "'../../etc/passwd'"),
+        ("csv", "id,prompt\n/etc/passwd,x\n", "'/etc/passwd'"),
+        ("csv", "id,prompt\n1,x\n1,x\n", "'1' stands 2 times"),
+        ("csv", "id,prompt,seed\n1,x,many\n", "'seed'.*numbers"),
+        ("csv", "name,prompt\n1,x\n", "no column 'id' or 'file_name'"),
+        ("csv", 'id,prompt\n1,"x\n', "cannot be read"),
+        ("jsonl", '{"id": "1", "prompt": "x"}\n[]\n', "JSON object"),
+        ("jsonl", '{"id": "1", "prompt": \n', "cannot be read"),
+        ("jsonl", '{"id": 1, "prompt": "x"}\n', "'id'.*text"),
+        ("jsonl", '{"id": "1", "prompt": ["x"]}\n', "'prompt'.*text"),
+    ],
+)
+def test_bad_plain_table(source, name, text, message):
+    (source / f"metadata.{name}").write_text(text)
+    with pytest.raises(BadTableError, match=message):
+        data.load_pairs(source)
+
+
+# --- the store --------------------------------------------------------------------------------------------------------------
+
+SIZE = 24
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Return a list that grows with every image decoded."""
+    names, decode = [], data.decode_image
+    monkeypatch.setattr(data, "decode_image", lambda content, name, part: names.append(name) or decode(content, name, part))
+    return names
+
+
+def fresh(pairs):
+    return np.stack([data.resize(data.open_image(locator), SIZE) for locator in pairs["image"]])
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+def test_store_equals_a_fresh_decode(source, format):
+    broken.diffusiondb(source, parts=3, format=format)
+    pairs = data.load_pairs(source)
+    store, expected = data.ImageStore.build(pairs, SIZE), fresh(pairs)
+    assert len(store) == len(pairs) == 15
+    assert store.ok.all()
+    assert store.bad.empty
+    for size in (0, 1, 7, 64):
+        indices = rng.integers(-len(pairs), len(pairs), size)
+        batch = store.batch(indices)
+        assert batch.shape == (size, 3, SIZE, SIZE)
+        assert batch.dtype == np.uint8
+        assert batch.flags.writeable
+        assert (batch == expected[indices]).all()
+        assert all((store[i] == image).all() for i, image in zip(indices, batch, strict=True))
+    for indices in (store.ok, [0.5], [[0]], 3):
+        with pytest.raises(BadValueError):
+            store.batch(indices)
+    with pytest.raises(IndexError):
+        store[15]
+
+
+def test_warm_store_decodes_nothing(source, decodes):
+    broken.diffusiondb(source)
+    pairs = data.load_pairs(source)
+    data.ImageStore.build(pairs, SIZE)
+    assert sorted(decodes) == sorted(pairs["id"])
+    decodes.clear()
+    shuffled = pairs.sample(frac=1, random_state=0)
+    store = data.ImageStore.build(shuffled, SIZE)
+    assert decodes == []
+    assert (store.batch(range(10)) == fresh(shuffled)).all()
+    decodes.clear()
+    data.ImageStore.build(pairs, SIZE + 1)
+    assert len(decodes) == 10
+
+
+@pytest.mark.parametrize("extracted", [False, True], ids=["zips", "folders"])
+def test_content_counts_and_dates_do_not(source, extracted, decodes):
+    frame = broken.diffusiondb(source, extracted=extracted)
+    pairs = data.load_pairs(source)
+    data.ImageStore.build(pairs, SIZE)
+    for path in source.rglob("*"):
+        os.utime(path, (1, 1))
+    decodes.clear()
+    data.ImageStore.build(pairs, SIZE)
+    assert decodes == []
+
+    name, image = frame["image_name"].iloc[0], broken.photo(41, 48, 1000)
+    image.putpixel((20, 20), (1, 2, 3))
+    if extracted:
+        (source / "images" / "part-000001" / name).write_bytes(broken.encode(image))
+    else:
+        broken.write_part(source, 1, {**broken.read_part(source, 1), name: broken.encode(image)})
+    store = data.ImageStore.build(pairs, SIZE)
+    assert len(decodes) == 5  # this part alone
+    assert (store.batch(range(10)) == fresh(pairs)).all()
+
+
+def test_moved_data_hits(source, tmp_path, decodes):
+    broken.diffusiondb(source)
+    data.ImageStore.build(data.load_pairs(source), SIZE)
+    source.rename(tmp_path / "moved")
+    decodes.clear()
+    data.ImageStore.build(data.load_pairs(tmp_path / "moved"), SIZE)
+    assert decodes == []
+
+
+def test_damaged_shards_are_noticed_and_made_again(source, tmp_path, capsys):
+    broken.diffusiondb(source, parts=1)
+    pairs = data.load_pairs(source)
+    expected = data.ImageStore.build(pairs, SIZE).batch(range(5))
+    (shard,) = (tmp_path / "data" / "cache" / "images").iterdir()
+    sound = shard.read_bytes()
+    header = 8 + struct.unpack("<Q", sound[:8])[0]
+    flips = [broken.flip(sound, int(i), 1 << rng.integers(8)) for i in rng.integers(header, len(sound), 20)]
+    for content in (*flips, sound[: len(sound) // 2], sound[:-1], sound[:4], b""):
+        shard.write_bytes(content)
+        capsys.readouterr()
+        assert (data.ImageStore.build(pairs, SIZE).batch(range(5)) == expected).all()
+        assert shard.name in capsys.readouterr().out
+        assert shard.read_bytes() == sound
+    for i in rng.integers(0, header, 60):  # a flip in the header is noticed, or means nothing
+        shard.write_bytes(broken.flip(sound, int(i), 1 << rng.integers(8)))
+        assert (data.ImageStore.build(pairs, SIZE).batch(range(5)) == expected).all()
+
+
+def test_process_pool_makes_the_same_bytes(source, tmp_path):
+    broken.diffusiondb(source, parts=4)
+    broken.write_part(source, 2, {**broken.read_part(source, 2), "part-000002.json": b"{}"})
+    name = data.load_pairs(source).query("part_id == 2")["id"].iloc[0]
+    broken.write_part(source, 2, {**broken.read_part(source, 2), name: b"not an image"})
+    pairs = data.load_pairs(source)
+    serial = data.ImageStore.build(pairs, SIZE, tmp_path / "serial", on_bad="skip")
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        parallel = data.ImageStore.build(pairs, SIZE, tmp_path / "parallel", on_bad="skip", executor=pool)
+        with pytest.raises(BadImageError, match=name):
+            data.ImageStore.build(pairs, SIZE, tmp_path / "parallel", executor=pool)
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("serial", "parallel")]
+    assert len(contents[0]) == 4
+    assert contents[0] == contents[1]
+    same(serial.bad, parallel.bad)
+    good = np.flatnonzero(serial.ok)
+    assert (serial.ok == parallel.ok).all()
+    assert (serial.batch(good) == parallel.batch(good)).all()
+
+
+def test_skipped_images_are_listed_and_never_replaced(source, capsys):
+    broken.diffusiondb(source, parts=2, images=20)
+    pairs = data.load_pairs(source)
+    chosen = {1: pairs.query("part_id == 1")["id"].iloc[3], 2: pairs.query("part_id == 2")["id"].iloc[7]}
+    for part, name in chosen.items():
+        broken.write_part(source, part, {**broken.read_part(source, part), name: broken.BROKEN_IMAGES["PNG cut at 0.5"]()})
+    with pytest.raises(BadImageError, match=chosen[1]):
+        data.ImageStore.build(pairs, SIZE)
+    with pytest.raises(BadTableError, match="2 of 40 images are bad"):
+        data.ImageStore.build(pairs, SIZE, on_bad="skip")
+    capsys.readouterr()
+    store = data.ImageStore.build(pairs, SIZE, on_bad="skip", max_bad=0.1)
+    assert "2 of 40 images are bad" in capsys.readouterr().out
+    assert store.ok.sum() + len(store.bad) == len(store) == 40
+    assert {*store.bad["id"]} == {*chosen.values()} == {*pairs["id"][~store.ok]}
+    assert [*store.bad["part"]] == ["source/images/part-000001.zip", "source/images/part-000002.zip"]
+    assert store.bad["reason"].str.contains("cut short").all()
+    good = np.flatnonzero(store.ok)
+    assert (store.batch(good) == fresh(pairs.iloc[good])).all()
+    with pytest.raises(BadValueError, match="has no image"):
+        store.batch(np.arange(40))
+    with pytest.raises(ConfigError):
+        data.ImageStore.build(pairs, SIZE, on_bad="ignore")
+
+
+def test_a_file_that_vanished_is_listed_and_found_again(source):
+    _plain(source, ("id", "prompt"), "csv")
+    pairs = data.load_pairs(source)
+    (source / "003.png").unlink()
+    store = data.ImageStore.build(pairs, SIZE, on_bad="skip")
+    assert [*store.bad["id"]] == ["003.png"]
+    assert "no such file" in store.bad["reason"].iloc[0]
+    broken.photo(seed=3).save(source / "003.png")
+    assert data.ImageStore.build(pairs, SIZE).ok.all()
+
+
+def test_a_stopped_build_goes_on_where_it_stopped(source, tmp_path, monkeypatch, decodes):
+    broken.diffusiondb(source, parts=5)
+    pairs, save, calls = data.load_pairs(source), runtime.save_arrays, []
+
+    def fail_at_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(runtime, "save_arrays", fail_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        data.ImageStore.build(pairs, SIZE)
+    assert len(list((tmp_path / "data" / "cache" / "images").iterdir())) == 2
+    decodes.clear()
+    store = data.ImageStore.build(pairs, SIZE)
+    assert len(decodes) == 3 * 5
+    assert (store.batch(range(25)) == fresh(pairs)).all()
+
+
+def test_many_loose_files_are_split_and_a_new_one_changes_one_shard(source, monkeypatch, decodes):
+    monkeypatch.setattr(data, "_SHARD", 4)
+    rows = []
+    for i in range(31):
+        broken.photo(8, 8, i).save(source / f"{i:03d}.png")
+        rows.append(f'{{"id": "{i:03d}", "prompt": "x"}}\n')
+    (source / "metadata.jsonl").write_text("".join(rows[:-1]))
+    data.ImageStore.build(data.load_pairs(source), SIZE)
+    (source / "metadata.jsonl").write_text("".join(rows))
+    pairs = data.load_pairs(source)
+    decodes.clear()
+    store = data.ImageStore.build(pairs, SIZE)
+    assert 0 < len(decodes) < 16
+    assert (store.batch(range(31)) == fresh(pairs)).all()
+
+
+def test_empty_and_repeated_rows(source):
+    broken.diffusiondb(source)
+    pairs = data.load_pairs(source)
+    assert len(data.ImageStore.build(pairs.iloc[:0], SIZE)) == 0
+    twice = pd.concat([pairs, pairs])
+    assert (data.ImageStore.build(twice, SIZE).batch(range(20)) == fresh(twice)).all()
+
+
+def test_zip_is_preferred_to_its_folder(source):
+    broken.diffusiondb(source)
+    with zipfile.ZipFile(source / "images" / "part-000001.zip") as archive:
+        archive.extractall(source / "images" / "part-000001")
+    assert data.load_pairs(source)["image"].str.contains(".zip::").all()
