@@ -112,7 +112,7 @@ def rensa_alone(texts, threshold):
     """Drop what rensa's own deduplicator drops: it trusts its estimate of the similarity."""
     import rensa
 
-    index = rensa.RMinHashDeduplicator(threshold=threshold, num_perm=128, use_lsh=True)
+    index = rensa.RMinHashDeduplicator(threshold=threshold, num_perm=128, use_lsh=True, num_bands=16)
     kept = index.add_pairs([(str(i), prompts._words(prompts.normalise(text))) for i, text in enumerate(texts)])
     return ~np.array(kept, dtype=bool)
 

@@ -105,7 +105,7 @@ def plot_scores(rows, *, reference=None, ax=None):
     ax.set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
     ax.set_ylim(-0.6, len(rows) - 0.3)
     ax.grid(visible=False, axis="y")
-    note = "; ◇ the paper, on DiffusionDB" if reference else ""
+    note = "\n◇ the paper's number, on DiffusionDB" if reference else ""
     ax.set_xlabel(f"mean cosine similarity on the test set, 95 % interval{note}")
     return ax
 
@@ -154,7 +154,7 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
     texts = ["\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, wrap) or [""]) for text in captions]
     rows = -(-len(texts) // columns)
     lines = [max(text.count("\n") + 1 for text in texts[r * columns : (r + 1) * columns]) for r in range(rows)]
-    heights = [width / columns * 0.92 + n * size * 1.35 / 72 for n in lines]
+    heights = [width / columns * 0.97 + (n + 1) * size * 1.55 / 72 for n in lines]  # inches: a square and its text
     figure = Figure((width, sum(heights)))
     grid = figure.add_gridspec(
         rows, columns, height_ratios=heights, left=0.01, right=0.99, top=0.995, bottom=0.0, hspace=0.0, wspace=0.06

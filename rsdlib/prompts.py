@@ -102,7 +102,7 @@ def split(keys, val_fraction, test_fraction):
 
 # --- cleaning ---------------------------------------------------------------------------------------------------------------
 
-_ENGLISH = frozenset(_words("the of and with by from at wearing holding standing"))  # in hardly any other language's sentences
+_ENGLISH = frozenset(_words("the of and with by from at on wearing holding standing"))  # rare in other languages
 
 
 @functools.lru_cache(maxsize=1)
@@ -390,16 +390,21 @@ def _minilm(folder, precision, device):
         raise CheckpointError(f"{folder} is not a BERT with GELU, absolute positions and mean pooling", "Use all-MiniLM-L6-v2.")
     try:
         tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-        stored = {name: value.to(device, torch.float32) for name, value in load_file(Path(folder, "model.safetensors")).items()}
-        weights = _arrange(stored, config["num_hidden_layers"], getattr(torch, precision))
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: the weights do not fit config.json ({error})", "Fetch the model again.") from error
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise CheckpointError(f"{folder}/tokenizer.json cannot be read ({error})", "Fetch the model again.") from error
+    try:
+        weights = _arrange(load_file(Path(folder, "model.safetensors"), device), getattr(torch, precision))
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{folder}/model.safetensors is damaged, or no BERT ({error})", "Fetch the model again.") from error
+    rows, dim = weights["words"].shape
+    if (len(weights["layers"]), dim) != (config["num_hidden_layers"], config["hidden_size"]) or rows < tokenizer.get_vocab_size():
+        raise CheckpointError(f"{folder}: the weights do not fit config.json or tokenizer.json", "Fetch the model again.")
     tokenizer.no_padding()
     tokenizer.enable_truncation(sentence["max_seq_length"])  # 256; tokenizer.json itself says 128, its config 512
     return tokenizer, config, weights, runtime.digest(digests)
 
 
-def _arrange(stored, n_layers, dtype):
+def _arrange(stored, dtype):
     """Group BERT's weights by use: embedding tables and norms stay in float32, the matrices go to `dtype`, q, k and v fused."""
     import torch
 
@@ -407,7 +412,7 @@ def _arrange(stored, n_layers, dtype):
         return [stored[f"{name}.{part}"].to(dtype) for part in ("weight", "bias")]
 
     layers = []
-    for number in range(n_layers):
+    for number in range(sum(name.endswith("attention.self.query.weight") for name in stored)):
         layer = f"encoder.layer.{number}"
         qkv = zip(*(pair(f"{layer}.attention.self.{name}", dtype) for name in ("query", "key", "value")), strict=True)
         layers.append(
@@ -420,7 +425,9 @@ def _arrange(stored, n_layers, dtype):
                 "norm2": pair(f"{layer}.output.LayerNorm"),
             }
         )
-    words, positions, types = (stored[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type"))
+    words, positions, types = (
+        stored[f"embeddings.{name}_embeddings.weight"].float() for name in ("word", "position", "token_type")
+    )
     return {"words": words, "positions": positions + types[0], "norm": pair("embeddings.LayerNorm"), "layers": layers}
 
 
@@ -520,6 +527,8 @@ def embed(prompts, *, precision="float32", device="cpu", batch_tokens=None, mode
 
 def embed_cached(prompts, folder=None, **options):
     """Embed prompts as `embed` does, through files: a killed run resumes at the chunk, a damaged chunk is made again.
+
+    Files are named by the model's bytes, the precision and the prompts in them, so they are never served for anything else.
 
     Parameters
     ----------

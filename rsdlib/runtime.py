@@ -260,8 +260,8 @@ def cached_arrays(path, make, meta=None):
             if stored == (meta or {}):
                 return arrays
             log(f"{relative(path)} was made from something else: making it again")
-        except CacheError as error:
-            log(f"{error} Making it again now.")
+        except CacheError:
+            log(f"{relative(path)} is damaged: making it again")
     save_arrays(path, make(), meta)
     return load_arrays(path, verify=False)[0]
 

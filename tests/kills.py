@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import toy
 import torch
+import toy
 
 from rsdlib import runtime
 
@@ -22,7 +22,10 @@ real_replace = os.replace
 
 
 def attempt(folder, kill_after=None, kill_at_write=None, late=False):
-    """Train in a child; kill it after some seconds, or before (or right after) its n-th file takes its place. Tell if it finished."""
+    """Train in a child; kill it after some seconds, or before (or right after) its n-th file takes its place.
+
+    Returns whether it finished.
+    """
     child = os.fork()
     if child == 0:
         writes = 0

@@ -327,6 +327,17 @@ def test_taggers_are_named_and_nltk_says_what_it_needs(monkeypatch):
 # --- targets ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_thread():
+    """Run torch on one thread: two that wait for each other on a busy machine take many times as long."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_a_missing_prompt_is_never_the_word_nan():
     for texts in ([None], ["a cat", float("nan")], "a cat"):
         for function in (prompts.embed, prompts.near_duplicates, prompts.Vocabulary.fit, prompts.Vocabulary(("cat",)).encode):
@@ -334,6 +345,7 @@ def test_a_missing_prompt_is_never_the_word_nan():
                 function(texts)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_embed_equals_sentence_transformers():
     transformers = pytest.importorskip("sentence_transformers")
     peer = transformers.SentenceTransformer(str(registry.locate("all-MiniLM-L6-v2")), device="cpu")
@@ -348,6 +360,7 @@ def test_embed_equals_sentence_transformers():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("one_thread")
 def test_a_row_depends_on_its_prompt_alone(precision):
     texts = similar_prompts(30, np.random.default_rng(5))
     together = prompts.embed([*texts, *ODD.values(), *texts], precision=precision)
@@ -358,15 +371,17 @@ def test_a_row_depends_on_its_prompt_alone(precision):
     assert prompts.embed([]).shape == (0, 384)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_odd_prompts_are_embedded_in_time():
     prompts.embed(["a cat"])
     for text in ODD.values():
-        start = time.monotonic()
+        start = time.process_time()
         row = prompts.embed([text])
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
         assert np.isfinite(row).all()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_embed_cached_resumes_and_repairs(tmp_path, monkeypatch):
     texts = similar_prompts(60, np.random.default_rng(6))
     texts += texts[:10]
@@ -406,7 +421,8 @@ def test_embed_refuses_what_is_not_the_model(tmp_path):
             ("model.safetensors", None, ModelNotFoundError),
             ("model.safetensors", lambda data: data[: len(data) // 2], CheckpointError),
             ("config.json", lambda data: data.replace(b'"gelu"', b'"relu"'), CheckpointError),
-            ("config.json", lambda data: data.replace(b'"num_hidden_layers": 6', b'"num_hidden_layers": 7'), CheckpointError),
+            ("config.json", lambda data: data.replace(b'"num_hidden_layers": 6', b'"num_hidden_layers": 5'), CheckpointError),
+            ("tokenizer.json", lambda data: data[:1000], CheckpointError),
             ("1_Pooling/config.json", lambda data: data.replace(b"true", b"false"), CheckpointError),
         ]
     ):

@@ -13,7 +13,9 @@ from rsdlib.config import TrainConfig
 from rsdlib.losses import JointObjective
 from rsdlib.model import PromptRegressor
 
-CONFIG = TrainConfig(epochs=3, batch_size=8, lr=3e-3, warmup=0.1, weight_decay=0.01, precision="fp32", save_every=4, log_every=3, device="cpu")
+CONFIG = TrainConfig(
+    epochs=3, batch_size=8, lr=3e-3, warmup=0.1, weight_decay=0.01, precision="fp32", save_every=4, log_every=3, device="cpu"
+)
 
 
 class Memory:

@@ -1,0 +1,184 @@
+"""Notebooks run headless at the smoke size, on their own, from anywhere; every way to fail ends in one line and a code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from rsdlib import cli, runtime
+from rsdlib.errors import ConfigError, NotebookError
+
+RSD = [sys.executable, "-m", "rsdlib.cli"]
+
+
+def rsd(*arguments, cwd):
+    return subprocess.run([*RSD, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env={**os.environ})
+
+
+@pytest.fixture(scope="module")
+def trained(project, tmp_path_factory):
+    """Run 01 with plain papermill from an unrelated folder, before 00 has ever run, and return the project's folder."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-m", "papermill", project / "notebooks/01_train_vit.ipynb", "out.ipynb", "-p", "profile", "smoke"]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (elsewhere / "out.ipynb").is_file()
+    return project
+
+
+def test_01_makes_what_it_needs_and_writes_its_results(trained):
+    results = sorted((trained / "runs/smoke").glob("vit-*/results.json"))
+    assert [path.parent.name.rsplit("-", 1)[0] for path in results] == ["vit-mlc", "vit-vanilla"]
+    for path in results:
+        result = json.loads(path.read_text())
+        assert -1 <= result["cosine"]["low"] <= result["cosine"]["mean"] <= result["cosine"]["high"] <= 1
+        assert result["cosine"]["n"] == result["sizes"][2]["pairs"]
+        assert [size["shared"] for size in result["sizes"]] == [0, 0, 0]
+        assert set(result["baselines"]) == {"mean embedding", "k-NN, features as they came", "k-NN, features as trained"}
+        assert {"seed", "environment", "epochs", "best_epoch", "source"} <= result.keys()
+    figures = {path.name for path in (trained / "runs/smoke/figures").glob("*.png")}
+    assert figures >= {f"01_vit_{name}.png" for name in ("curves", "scores", "recall", "neighbours")}
+
+
+def test_00_runs_after_it_from_the_same_caches(trained):
+    before = {path: path.stat().st_mtime_ns for path in (trained / "data/cache").rglob("*.safetensors")}
+    done = rsd("run", "00_prepare_data", "-p", "profile", "smoke", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    after = {path: path.stat().st_mtime_ns for path in (trained / "data/cache").rglob("*.safetensors")}
+    assert after == before
+    assert (trained / "runs/smoke/figures/00_cleaning.png").is_file()
+    notebook = nbformat.read(trained / "runs/smoke/notebooks/00_prepare_data.ipynb", as_version=4)
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_predict_reads_an_image(trained, tmp_path):
+    from rsdlib import data, predict
+
+    pairs = data.load_pairs(trained / "data/mini/diffusiondb", limit=2)
+    files = []
+    for locator in pairs["image"]:
+        files.append(tmp_path / f"{len(files)}.png")
+        data.open_image(locator).save(files[-1])
+    done = rsd("predict", tmp_path, "--profile", "smoke", "--format", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["image"] for row in found] == [str(path) for path in files]
+    assert np.linalg.norm(found[0]["embedding"]) == pytest.approx(1, abs=1e-5)
+    assert len(found[0]["prompts"]) == 5
+
+    run = predict.latest_run("smoke")
+    with_words = next((trained / "runs/smoke").glob("vit-mlc-*"))
+    prediction = predict.Predictor.load(with_words).predict(pairs["image"].tolist())
+    probabilities = [p for _, p in prediction.words[0]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert run.parent == with_words.parent
+    text = rsd("predict", files[0], "--run", with_words, cwd=tmp_path)
+    assert prediction.words[0][0][0] in text.stdout
+
+
+def test_predictions_of_the_run_folder_are_those_of_the_predictor(trained):
+    """The whole chain twice: store, batch and stored model against open, resize and predictor."""
+    from rsdlib import predict
+
+    folder = next((trained / "runs/smoke").glob("vit-mlc-*"))
+    stored = runtime.load_arrays(folder / "predictions-test.safetensors")[0]["embedding"]
+    items = pd.read_parquet(folder / "predictions-test.parquet")
+    from rsdlib import data
+
+    pairs = data.load_pairs(trained / "data/mini/diffusiondb").set_index("id")
+    locators = pairs.loc[items["id"].iloc[:5], "image"].tolist()
+    np.testing.assert_allclose(predict.Predictor.load(folder).predict(locators).embeddings, stored[:5], atol=1e-5)
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------------
+
+
+def toy_notebook(folder, *cells):
+    """Write a notebook with one parameter and the given code cells."""
+    parameters = nbformat.v4.new_code_cell('profile: str = "smoke"  # size\nepochs: int = 1  # passes\nlr: float = 0.1  # rate')
+    parameters.metadata["tags"] = ["parameters"]
+    notebook = nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = folder / "toy.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cell", "code", "words"),
+    [
+        ("raise ValueError('broken on purpose')", 1, "ValueError: broken on purpose"),
+        ("import sys; sys.exit(0)", 1, "left before its end"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 138, "the kernel died"),
+    ],
+)
+def test_failures_exit_with_one_clear_line(tmp_path, cell, code, words):
+    path = toy_notebook(tmp_path, cell, "after = 1")
+    done = rsd("run", path, "--output", tmp_path / "out.ipynb", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("rsd:")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_slow_cell_is_stopped(tmp_path):
+    path = toy_notebook(tmp_path, "import time; time.sleep(60)")
+    with pytest.raises(NotebookError, match="longer than 1 s"):
+        cli.run_notebook(path, {}, tmp_path / "out.ipynb", timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"epohcs": "3"}, "no parameter 'epohcs'. Did you mean 'epochs'"),
+        ({"epochs": "three"}, "'three' is not of type int"),
+        ({"epochs": "2.5"}, "not of type int"),
+        ({"lr": "fast"}, "not of type float"),
+    ],
+)
+def test_wrong_parameters_stop_before_the_kernel_starts(tmp_path, parameters, message):
+    path = toy_notebook(tmp_path, "pass")
+    with pytest.raises(ConfigError, match=message):
+        cli.run_notebook(path, parameters, tmp_path / "out.ipynb")
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_right_parameters_get_their_types(tmp_path):
+    path = toy_notebook(tmp_path, "pass")
+    assert cli.check_parameters(path, {"epochs": "3", "lr": "1", "profile": "3"}) == {"epochs": 3, "lr": 1.0, "profile": "3"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run", "01_train_vti"), 2, "Did you mean '01_train_vit'"),
+        (("run", "01", "-p", "epohcs", "3"), 2, "Did you mean 'epochs'"),
+        (("run", "01", "-p", "profile", "miny"), 1, "Did you mean 'mini'"),
+        (("run", "01", "-p", "profile", "smoke", "-p", "seed", "1099511627776"), 1, "seed = 1099511627776 is out of range"),
+        (("run", "00", "-p", "profile", "smoke", "-p", "source", "no/such/folder"), 1, "there is no folder"),
+        (("predict",), 2, "no image"),
+        (("predict", "missing.png"), 2, "no file missing.png"),
+        (("reproduce", "--from", "77"), 2, "no notebook '77'"),
+    ],
+)
+def test_usage_errors_are_one_line(project, tmp_path, arguments, code, words):
+    done = rsd(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_predict_without_a_run_says_what_to_do(tmp_path):
+    image = tmp_path / "x.png"
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(image)
+    done = rsd("predict", image, cwd=tmp_path)
+    assert done.returncode == 3
+    assert "Run: rsd run 01_train_vit" in done.stderr
