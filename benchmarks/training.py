@@ -58,13 +58,11 @@ def main(rounds=5):
             found.append(time.perf_counter() - clock)
     floor = flops / matrix_rate(torch.float32)
     chosen = runtime.precision("auto", torch.device("cpu"))
-    print(
-        f"mini ViT, batch of {batch_size}, {flops / 1e9:.0f} GFLOP a step, {torch.get_num_threads()} threads; 'auto' takes {chosen} here"
-    )
+    print(f"mini ViT, batch of {batch_size}, {flops / 1e9:.0f} GFLOP a step, {torch.get_num_threads()} threads; auto is {chosen}")
     for precision, found in times.items():
         seconds = statistics.median(found[1:])
         print(
-            f"  {precision}  {seconds * 1e3:6.0f} ms  {batch_size / seconds:5.0f} images/s  {seconds / floor:.2f} x float32 matrix floor"
+            f"  {precision}  {seconds * 1e3:6.0f} ms  {batch_size / seconds:5.0f} images/s  {seconds / floor:.2f} x float32 floor"
         )
 
     n, m = 100_000, 1000

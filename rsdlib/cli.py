@@ -288,3 +288,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("rsd: stopped; run it again, it resumes", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -206,7 +206,7 @@ PROFILES = {
         name="mini",
         data=_MINI_DATA,
         backbones={"vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, _MINI_VIT, 64)},
-        train=TrainConfig(epochs=12, batch_size=64, lr=5e-4, warmup=0.1, weight_decay=0.05, save_every=50),
+        train=TrainConfig(epochs=16, batch_size=32, lr=1e-3, warmup=0.1, weight_decay=0.05, save_every=50),
     ),
     # DiffusionDB and the real weights, on GPUs: the paper's settings (supplementary, section 7).
     "paper": Profile(
