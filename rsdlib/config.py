@@ -144,6 +144,7 @@ class TrainConfig(_Checked):
     save_every: int = 200  # steps between checkpoints; one is also written after each epoch
     log_every: int = 20  # steps between lines in metrics.jsonl
     device: str = "auto"
+    free: typing.ClassVar[frozenset] = frozenset({"micro_batches", "save_every", "log_every", "device"})  # may change on resume
     _ranges: typing.ClassVar[dict] = {
         "epochs": (1, None),
         "batch_size": (1, None),
@@ -213,7 +214,7 @@ PROFILES = {
         name="paper",
         data=DataConfig(source="data/diffusiondb"),
         backbones={"vit": BackboneConfig("timm", "vit_base_patch16_224.augreg_in21k_ft_in1k", image_size=224)},
-        train=TrainConfig(),
+        train=TrainConfig(save_every=2000, log_every=100),
         figures="runs/paper/figures",
     ),
 }

@@ -185,8 +185,9 @@ def train(profile, backbone, prepared, *, weight=None, head=None, on_bad="error"
     settings = profile.training(backbone, **changes)
     words = prepared.vocabulary.words if heads.weight else ()
     recipe = Recipe(profile.backbone(backbone), heads, words, prepared.key, settings.seed)
+    fixed = {setting: value for setting, value in as_dict(settings).items() if setting not in settings.free}
     name = f"{backbone.replace(':', '-')}-{'mlc' if words else 'vanilla'}"
-    folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), as_dict(settings)], 8)}"
+    folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), fixed], 8)}"
     model = recipe.build()
     store = prepared.images(model.backbone.image_size, on_bad)
     usable = store.ok

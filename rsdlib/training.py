@@ -19,7 +19,7 @@ import torch
 
 from rsdlib import runtime
 from rsdlib.config import TrainConfig, as_dict
-from rsdlib.errors import BadValueError, CacheError, CheckpointError, RsdError, RunBusyError
+from rsdlib.errors import BadValueError, CacheError, CheckpointError, DeviceError, RsdError, RunBusyError
 
 # --- data -------------------------------------------------------------------------------------------------------------------
 
@@ -48,6 +48,19 @@ class PairData:
     vocabulary_size: int
     train: np.ndarray
     val: np.ndarray
+
+    def __post_init__(self):
+        targets, labels = self.targets, self.labels
+        if targets.ndim != 2 or targets.dtype != np.float32:
+            raise BadValueError(f"targets are {targets.dtype} of shape {targets.shape}", "They must be float32 of shape (n, d).")
+        usable = np.isfinite(targets).all(axis=1) & targets.any(axis=1)
+        if not usable.all():
+            raise BadValueError(f"target {int(np.argmin(usable))} is zero or not finite", "Embed its prompt again.")
+        if labels is not None and labels.shape != (len(targets), -(-self.vocabulary_size // 8)):
+            raise BadValueError(f"labels of shape {labels.shape} are not {self.vocabulary_size} bits for {len(targets)} targets")
+        rows = np.concatenate([self.train, self.val])
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(targets)):
+            raise BadValueError(f"rows reach from {rows.min()} to {rows.max()}, but there are {len(targets)} targets")
 
     def __len__(self):
         return len(self.targets)
@@ -273,10 +286,16 @@ class _Loop:
             batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
             alone = contextlib.nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model)
             with alone:
-                with self.accelerator.autocast():
-                    loss, similarity = self.objective(self.model, batch)
-                # Processes average their gradients: times their number, the shares add up to the mean over the global batch.
-                self.accelerator.backward(loss * (share * self.world))
+                try:
+                    with self.accelerator.autocast():
+                        loss, similarity = self.objective(self.model, batch)
+                    # Processes average their gradients: times their number, the shares add up to the mean over the global batch.
+                    self.accelerator.backward(loss * (share * self.world))
+                except torch.OutOfMemoryError as error:
+                    fix = f"Run it again with micro_batches={2 * config.micro_batches}: it goes on from the last checkpoint."
+                    raise DeviceError(
+                        f"{self.accelerator.device} has too little memory for {len(rows)} pairs at once", fix
+                    ) from error
             self.loss += loss.detach().double() * share
             if share:
                 where = torch.as_tensor(rows, device=self.seen.device)
@@ -335,7 +354,8 @@ class _Loop:
             raise BadValueError("there are no validation rows, so no best epoch", "Raise val_fraction or add data.")
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         with evaluating(self.state.model), self.accelerator.autocast():
-            for part in _chunks(np.array_split(rows, self.world)[self.rank], self.config.batch_size):
+            size = max(self.config.batch_size // self.config.micro_batches, 1)
+            for part in _chunks(np.array_split(rows, self.world)[self.rank], size):
                 batch = {name: value.to(self.accelerator.device) for name, value in self.data.batch(part).items()}
                 loss, similarity = self.objective(self.state.model, batch)
                 sums += torch.stack([similarity.double().sum(), loss.double() * len(part)])
@@ -436,12 +456,13 @@ def _locked(folder):
 
 
 def _claim(folder, made_from):
-    """Write ``config.json``, or compare it: a run is never continued with other settings."""
+    """Write ``config.json``, or compare it: a run is never continued with settings that would make it another run."""
     path = folder / "config.json"
     if path.exists():
         stored = runtime.read_json(path)
-        if stored != json.loads(json.dumps(made_from)):
-            differs = _differences(stored, made_from)
+        free = {f"train.{name}" for name in TrainConfig.free}
+        differs = [name for name in _differences(stored, json.loads(json.dumps(made_from))) if name not in free]
+        if differs:
             raise CheckpointError(
                 f"{runtime.relative(folder)} holds another run; different: {', '.join(differs)}",
                 "Use another folder, or delete this one.",

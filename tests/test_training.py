@@ -16,7 +16,7 @@ import toy
 
 from rsdlib import runtime, training
 from rsdlib.config import TrainConfig, replace
-from rsdlib.errors import BadValueError, CacheError, CheckpointError, RsdError, RunBusyError
+from rsdlib.errors import BadValueError, CacheError, CheckpointError, DeviceError, RsdError, RunBusyError
 from rsdlib.losses import JointObjective
 
 TESTS = Path(__file__).parent
@@ -154,6 +154,38 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(whole):
         toy.fit(whole, replace(toy.CONFIG, lr=1e-3))
 
 
+def test_what_does_not_make_another_run_may_change_on_resume(whole, tmp_path):
+    with pytest.raises(Stop):
+        toy.fit(tmp_path, callbacks=[StopAt(9)], dropout=0.0)
+    toy.fit(tmp_path, replace(toy.CONFIG, micro_batches=2, save_every=5, log_every=7), dropout=0.0)
+    expected = training.load_run(toy.fit(tmp_path / "whole", dropout=0.0))
+    np.testing.assert_allclose(training.load_run(tmp_path).difficulty, expected.difficulty, atol=1e-4)
+
+
+@pytest.mark.parametrize("words", [["cat", "fox"], ["fox", "dog"], ["fox"]])
+def test_another_vocabulary_is_refused(tmp_path, words):
+    """Size, order or one word: the logits would mean something else."""
+    with pytest.raises(Stop):
+        toy.fit(tmp_path, callbacks=[StopAt(9)], recipe={"words": ["fox", "cat"]})
+    with pytest.raises(CheckpointError, match=r"recipe\.words"):
+        toy.fit(tmp_path, recipe={"words": words})
+
+
+def test_too_little_memory_is_named_and_can_be_resumed(tmp_path):
+    def greedy(model, batch):
+        if len(batch["input"]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return JointObjective()(model, batch)
+
+    def fit(**changes):
+        config = replace(toy.CONFIG, **changes)
+        return training.fit(toy.model(), toy.data(), config, tmp_path, objective=greedy)
+
+    with pytest.raises(DeviceError, match="micro_batches=2"):
+        fit()
+    assert training.load_run(fit(micro_batches=2, batch_size=8)).difficulty.notna().all(axis=None)
+
+
 def test_second_writer_is_refused(tmp_path):
     class Intruder(training.Callback):
         def before_step(self, state):
@@ -201,9 +233,26 @@ def test_answers_of_a_batch_cost_under_a_tenth_of_a_millisecond():
     assert np.median(times) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("targets", np.zeros((60, 12), np.float16), "float16"),
+        ("targets", np.zeros((60, 12), np.float32), "target 0 is zero"),
+        ("targets", np.full((60, 12), np.nan, np.float32), "not finite"),
+        ("targets", np.ones((59, 12), np.float32), "labels of shape|rows reach"),
+        ("labels", np.zeros((60, 2), np.uint8), "not 20 bits for 60 targets"),
+        ("val", np.array([60]), "rows reach from 0 to 60"),
+    ],
+)
+def test_arrays_that_do_not_fit_each_other_are_refused(field, value, message):
+    values = {name: getattr(toy.data(), name) for name in ("inputs", "targets", "labels", "vocabulary_size", "train", "val")}
+    with pytest.raises(BadValueError, match=message):
+        training.PairData(**{**values, field: value})
+
+
 def test_labels_survive_packing():
     labels = np.random.default_rng(0).random((7, 13)) < 0.5
-    data = training.PairData(None, np.zeros((7, 3), np.float32), training.pack(labels), 13, np.arange(7), np.arange(0))
+    data = training.PairData(None, np.ones((7, 3), np.float32), training.pack(labels), 13, np.arange(7), np.arange(0))
     assert np.array_equal(data.answers(np.arange(7))["labels"].numpy(), labels)
 
 
