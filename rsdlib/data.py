@@ -179,8 +179,8 @@ def load_pairs(source, *, limit=None):
     pandas.DataFrame
         Sorted by id, whatever the order of the table. ``id`` : str, the image's name as the table has it. ``prompt`` : str as
         found, missing ones are missing (`pandas.isna`). ``image`` : str, a locator for `open_image`, the path of a file or
-        ``<path of a zip>::<member>``; relative to the project's folder where it lies inside, so that a stored table moves with
-        the project. Then every other column of the table, as found.
+        ``<path of a zip>::<member>``; absolute, so that it names one file from any directory: store the id, not the locator. Then
+        every other column of the table, as found.
 
     Raises
     ------
@@ -210,8 +210,7 @@ def _read_plain(source, table):
     if None in found:  # a name that climbs out of the folder is never among its files
         message = f"image {frame['file'].iloc[found.index(None)]!r} is listed in {runtime.relative(table)} but is not in its folder"
         raise BadTableError(message, "Add the file, or drop the row.")
-    base = runtime.relative(source)
-    return frame.assign(image=[f"{base}/{name}" for name in found])
+    return frame.assign(image=[f"{source}/{name}" for name in found])
 
 
 def _read_diffusiondb(source, table, limit):
@@ -239,7 +238,7 @@ def _read_diffusiondb(source, table, limit):
     unlisted = sum(_check_part(parts[number], rows, where) for number, rows in runtime.track(opened, "checking parts"))
     if unlisted:
         runtime.log(f"{unlisted:,} files in the parts are not listed in {where}: left out")
-    prefix = {number: runtime.relative(path) + ("::" if path.suffix == ".zip" else "/") for number, path in parts.items()}
+    prefix = {number: str(path) + ("::" if path.suffix == ".zip" else "/") for number, path in parts.items()}
     return chosen.assign(image=[prefix[number] + name for number, name in zip(chosen["part_id"], chosen["file"], strict=True)])
 
 

@@ -59,7 +59,7 @@ class PairData:
         if labels is not None and labels.shape != (len(targets), -(-self.vocabulary_size // 8)):
             raise BadValueError(f"labels of shape {labels.shape} are not {self.vocabulary_size} bits for {len(targets)} targets")
         rows = np.concatenate([self.train, self.val])
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(targets)):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(targets)):
             raise BadValueError(f"rows reach from {rows.min()} to {rows.max()}, but there are {len(targets)} targets")
 
     def __len__(self):

@@ -169,7 +169,7 @@ def test_diffusiondb_layouts(source, extracted, holders):
     assert [*pairs["part_id"]] == [*expected["part_id"]]
     assert [*pairs.columns[:3]] == ["id", "prompt", "image"]
     assert all(data.open_image(locator).height == 48 for locator in pairs["image"])
-    assert all(locator.startswith("source/images/part-00000") for locator in pairs["image"])  # no machine's path
+    assert all(locator.startswith(f"{source}/images/part-00000") for locator in pairs["image"])
 
 
 def test_parts_may_lie_in_the_source_itself(source):
@@ -186,6 +186,9 @@ def test_locators_work_from_any_directory(source, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     data.open_image(locator)
+    broken.diffusiondb(tmp_path / "elsewhere" / "source", images=1)  # the same relative path where the user happens to be
+    assert data.load_pairs(source)["image"].iloc[0] == locator
+    assert data.open_image(data.load_pairs(source)["image"].iloc[3])
     tmp_path.joinpath("source").rename(tmp_path / "moved")
     data.open_image(data.load_pairs("moved")["image"].iloc[0])
 
@@ -349,7 +352,7 @@ def test_plain_folder(source, names, suffix):
     assert [*pairs["prompt"]] == WORDS
     assert [*pairs["seed"]] == [*range(len(WORDS))]
     assert [*pairs.columns] == ["id", "prompt", "image", "seed"]
-    assert pairs["image"].iloc[1] == "source/001.png"
+    assert pairs["image"].iloc[1] == f"{source}/001.png"
     assert data.open_image(pairs["image"].iloc[1]) == broken.photo(seed=1)
 
 
@@ -360,7 +363,7 @@ def test_plain_ids_may_lack_the_suffix_and_files_may_lie_deeper(source):
     (source / "metadata.jsonl").write_text('{"id": "007", "prompt": null}\n{"id": "deep/x", "prompt": "cut \\ud83d"}\n')
     pairs = data.load_pairs(source)
     assert [*pairs["id"]] == ["007", "deep/x"]
-    assert [*pairs["image"]] == ["source/007.png", "source/deep/x.png"]
+    assert [*pairs["image"]] == [f"{source}/007.png", f"{source}/deep/x.png"]
     assert pd.isna(pairs["prompt"].iloc[0])
     assert pairs["prompt"].iloc[1] == "cut ?"
 

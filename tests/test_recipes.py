@@ -1,0 +1,161 @@
+"""The shared steps on a small folder of pairs, and the figures that are drawn from them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from rsdlib import config, plots, predict, prompts, recipes, runtime
+from rsdlib.errors import BadImageError, BadTableError, CacheError
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
+THINGS = ["house", "tree", "boat", "castle", "dragon", "flower", "robot", "wizard", "garden", "bridge", "tower", "lake"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Return a plain folder of coloured squares: the colour is in the prompt and in the image, the thing in the prompt alone."""
+    folder = tmp_path_factory.mktemp("пример dir ☂")
+    rows = []
+    for thing in THINGS:
+        for colour, pixel in COLOURS.items():
+            name = f"{thing}-{colour}.png"
+            Image.new("RGB", (70, 64), pixel).save(folder / name)
+            rows.append({"file_name": name, "prompt": f"a {colour} {thing}, oil painting by an old master of {thing}s"})
+    pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
+    return folder
+
+
+def settings(source, **changes):
+    return config.profile("smoke", str(source), val_fraction=0.2, test_fraction=0.2, near_duplicate=0.99, **changes)
+
+
+def test_prepared_data_hold_together(source):
+    prepared = recipes.prepare(settings(source).data)
+    n = len(prepared.pairs)
+    assert n == len(THINGS) * len(COLOURS)
+    assert prepared.targets.shape == (n, 384)
+    np.testing.assert_allclose(np.linalg.norm(prepared.targets, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(prepared.targets, prompts.embed(prepared.pairs["prompt"]), atol=1e-6)
+    rows = np.concatenate([prepared.rows(split) for split in ("train", "val", "test")])
+    assert sorted(rows) == list(range(n))
+    sizes = prepared.sizes()
+    assert sizes["pairs"].sum() == n
+    assert not sizes["shared"].any()
+    labels = np.unpackbits(np.asarray(prepared.labels), axis=1, count=len(prepared.vocabulary.words)).astype(bool)
+    np.testing.assert_array_equal(labels, prepared.vocabulary.encode(prepared.pairs["prompt"]))
+
+
+def test_vocabulary_counts_training_prompts_alone(source):
+    """Fault L1 of the original: words of validation and test prompts were counted too."""
+    prepared = recipes.prepare(settings(source).data)
+    train = prepared.pairs["prompt"].iloc[prepared.rows("train")]
+    assert prepared.vocabulary == prompts.Vocabulary.fit(train, 32)
+    assert prepared.vocabulary.encode(train).any(axis=0).all()
+
+
+def test_reading_order_changes_nothing_and_one_prompt_changes_the_key(source, tmp_path):
+    key = recipes.prepare(settings(source).data).key
+    table = pd.read_csv(source / "metadata.csv")
+    for name in table["file_name"]:
+        (tmp_path / name).symlink_to(source / name)
+    table.sample(frac=1, random_state=0).to_csv(tmp_path / "metadata.csv", index=False)
+    assert recipes.prepare(settings(tmp_path).data).key == key
+    table.loc[0, "prompt"] += "!"
+    table.to_csv(tmp_path / "metadata.csv", index=False)
+    assert recipes.prepare(settings(tmp_path).data).key != key
+
+
+def test_damaged_answers_are_made_again(source):
+    prepared = recipes.prepare(settings(source).data)
+    path = runtime.cache_dir() / "prepared" / prepared.key / "answers.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + b"abc")
+    again = recipes.prepare(settings(source).data)
+    np.testing.assert_array_equal(again.targets, prompts.embed(again.pairs["prompt"]))
+    assert path.read_bytes() == whole
+
+
+def test_too_few_pairs_are_refused(source):
+    with pytest.raises(BadTableError, match="split of"):
+        recipes.prepare(settings(source, limit=2).data)
+    with pytest.raises(BadTableError, match="no pair"):
+        recipes.prepare(settings(source, min_characters=500).data)
+
+
+def test_bad_images_stop_or_are_left_out_of_every_figure(source, tmp_path):
+    table = pd.read_csv(source / "metadata.csv")
+    for name in table["file_name"]:
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    table.to_csv(tmp_path / "metadata.csv", index=False)
+    profile = settings(tmp_path)
+    prepared = recipes.prepare(profile.data)
+    broken = prepared.rows("test")[0]
+    (tmp_path / prepared.pairs["id"].iloc[broken]).write_bytes(b"<html>404</html>")
+    with pytest.raises(BadImageError, match="none of PNG"):
+        prepared.images(64)
+    store = prepared.images(64, "skip")
+    scores = recipes.Scores(prepared, store, "test")
+    assert broken not in scores.rows
+    assert len(scores.rows) == len(prepared.rows("test")) - 1
+
+
+def test_a_run_is_trained_scored_and_read_back(source):
+    profile = settings(source)
+    prepared = recipes.prepare(profile.data)
+    store = prepared.images(64)
+    folder = recipes.train(profile, "vit", prepared, epochs=1)
+    assert recipes.train(profile, "vit", prepared, epochs=1, micro_batches=2) == folder  # not another run
+    assert recipes.train(profile, "vit", prepared, epochs=1, seed=1) != folder
+
+    scores = recipes.Scores(prepared, store, "test")
+    after, recipe = recipes.load_model(folder)
+    recipes.predict_baselines(scores, recipes.starting_model(folder), after, neighbours=(1, 3))
+    scores.predictions["vit"] = recipes.predict_run(folder, prepared, store, "test")
+    assert recipe.words == prepared.vocabulary.words
+    np.testing.assert_array_equal(recipes.predict_run(folder, prepared, store, "test"), scores.predictions["vit"])
+    table = scores.table(recipes.BASELINES)
+    assert [row["method"] for row in table] == [*recipes.BASELINES, "vit"]
+    gain = table[-1][f"gain over {recipes.MEAN}"]["difference"]["mean"]
+    assert gain == pytest.approx(scores.cosine("vit").mean() - scores.cosine(recipes.MEAN).mean())
+    recipes.write_results(folder, prepared, table[-1])
+    assert json.loads((folder / "results.json").read_text())["cosine"]["n"] == len(scores.rows)
+    assert recipes.as_table(table).shape[1] == 4
+
+    ax = plots.plot_scores(table, reference={"vit": 0.5})
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"] == [0.5]
+    drawn = sorted(line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o")
+    assert drawn == pytest.approx(sorted(row["cosine"]["mean"] for row in table))
+
+
+def test_predictor_without_its_data_still_reads_images(source, tmp_path, capsys):
+    profile = settings(source)
+    folder = recipes.train(profile, "vit", recipes.prepare(profile.data), epochs=1)
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    with_data = predict.Predictor.load(moved).predict([source / "tree-red.png"])
+    assert len(with_data.prompts[0]) == 5
+    (runtime.cache_dir() / "prepared").rename(tmp_path / "gone")
+    without = predict.Predictor.load(moved).predict([source / "tree-red.png"])
+    assert "rsd run 00_prepare_data" in capsys.readouterr().out
+    assert without.prompts == [[]]
+    np.testing.assert_array_equal(without.embeddings, with_data.embeddings)
+    (moved / "model.safetensors").unlink()
+    with pytest.raises(CacheError, match="no trained model"):
+        predict.Predictor.load(moved)
+
+
+def test_figures_show_what_they_are_given(tmp_path):
+    report = pd.DataFrame({"rule": ["empty", "length"], "rows_in": [10, 8], "rows_out": [8, 8]})
+    assert {bar.get_width() for bar in plots.plot_report(report).patches} == {8, 2, 0}
+    ranks = {"a": np.array([1, 2, 4.5]), "b": np.array([1, 1, 1])}
+    lines = plots.plot_recall(ranks, 5).lines
+    assert lines[0].get_ydata().tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3, 1])
+    assert lines[-1].get_ydata()[-1] == 1  # chance
+    pictures = np.zeros((5, 3, 8, 8), np.uint8)
+    figure = plots.plot_images(pictures, ["<script>", "long " * 40, "x\ny", "", "$5"], columns=2)
+    assert len(figure.axes) == 5
+    path = plots.save(figure, tmp_path / "x.png")
+    assert Image.open(path).format == "PNG"
