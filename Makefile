@@ -45,4 +45,4 @@ renders: $(READY)
 	$(BIN)/python data/mini/build/make_renders.py
 
 clean:
-	rm -rf $(VENV) runs data/cache
+	rm -rf $(VENV) data/cache

@@ -25,6 +25,8 @@ class Encoder(nn.Module):
     def __init__(self, body, features, image_size, mean, std):
         super().__init__()
         self.body, self.features, self.image_size = body, features, image_size
+        # More than the patches' projection: such networks are not faster in bf16 on a CPU.
+        self.convolutional = sum(isinstance(module, nn.Conv2d) for module in body.modules()) > 1
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
@@ -45,12 +47,16 @@ def create(config):
 
 def _timm(config):
     timm = runtime.require("timm")
-    options = dict(config.options)
     name = config.model
-    if config.pretrained and name in registry.MODELS:
+    folder = runtime.resolve_path(name)
+    if (folder / "config.json").is_file():
+        name = f"local-dir:{folder}"
+    elif config.pretrained and name in registry.MODELS:
         name = f"local-dir:{registry.locate(name)}"
+    elif config.pretrained and registry.override(name):
+        name = f"local-dir:{registry.override(name)}"
     try:
-        body = timm.create_model(name, pretrained=config.pretrained, num_classes=0, **options)
+        body = timm.create_model(name, pretrained=config.pretrained, num_classes=0, **config.options)
     except (RuntimeError, ValueError, OSError) as error:
         raise ModelNotFoundError(
             f"timm cannot build {config.model!r} (pretrained={config.pretrained}): {str(error).splitlines()[0]}",
@@ -60,7 +66,7 @@ def _timm(config):
         body.set_grad_checkpointing()
     expects = timm.data.resolve_model_data_config(body)
     size = config.image_size or expects["input_size"][-1]
-    return Encoder(body, body.num_features, size, expects["mean"], expects["std"])
+    return Encoder(body, body.head_hidden_size, size, expects["mean"], expects["std"])
 
 
 _BUILDERS = {"timm": _timm}

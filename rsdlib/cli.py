@@ -1,6 +1,7 @@
 """The command ``rsd``: run notebooks with checked parameters, reproduce everything, predict from images."""
 
 import ast
+import contextlib
 import difflib
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rsdlib import runtime
+from rsdlib import config, errors, runtime
 from rsdlib.config import matches
 from rsdlib.errors import ConfigError, NotebookError, RsdError
 
@@ -35,12 +36,12 @@ def find_notebook(name):
         There is no such notebook.
     """
     known = notebooks()
+    if Path(name).suffix and Path(name).is_file():  # a path means that very file, also where it is called like one of ours
+        return Path(name)
     stem = Path(name).stem
     found = [path for key, path in known.items() if key == stem or key.split("_")[0] == stem]
     if found:
         return found[0]
-    if Path(name).is_file():
-        return Path(name)
     near = difflib.get_close_matches(stem, known, n=1)
     raise ConfigError(f"there is no notebook {name!r}", f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}.")
 
@@ -67,8 +68,13 @@ def check_parameters(path, parameters):
         A name is unknown or a value of the wrong type.
     """
     import papermill
+    from nbformat import ValidationError
+    from nbformat.reader import NotJSONError
 
-    declared = papermill.inspect_notebook(str(path))
+    try:
+        declared = papermill.inspect_notebook(str(path))
+    except (NotJSONError, ValidationError) as error:
+        raise ConfigError(f"{path} is not a notebook: {type(error).__name__}") from error
     checked = {}
     for name, text in parameters.items():
         if name not in declared:
@@ -126,8 +132,9 @@ def run_notebook(name, parameters, output=None, timeout=None):
     from papermill.exceptions import PapermillExecutionError
 
     if output is None:
-        profile = values.get("profile") or ast.literal_eval(papermill.inspect_notebook(str(path))["profile"]["default"])
-        output = runtime.root() / "runs" / profile / "notebooks" / f"{path.stem}.ipynb"
+        declared = papermill.inspect_notebook(str(path)).get("profile", {"default": "'mini'"})
+        size = config.profile(values.get("profile", ast.literal_eval(declared["default"]))).name
+        output = runtime.root() / "runs" / size / "notebooks" / f"{path.stem}.ipynb"
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ["RSD_HEADLESS"] = "1"
@@ -145,9 +152,10 @@ def run_notebook(name, parameters, output=None, timeout=None):
         )
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}".strip(": ").splitlines()
-        raise NotebookError(
-            f"{path.stem} failed in cell {error.exec_count}: {reason[0]}", f"See {runtime.relative(output)}."
-        ) from error
+        raised = getattr(errors, error.ename, None)  # one of ours keeps its exit code
+        code = 1 if raised is None else EXIT_USAGE if raised is ConfigError else EXIT_REFUSED
+        message = f"{path.stem} failed in cell {error.exec_count}: {reason[0]}"
+        raise NotebookError(message, f"See {runtime.relative(output)}.", exit_code=code) from error
     except DeadKernelError as error:
         fix = "Often memory: use a smaller batch_size. Run it again, it resumes."
         raise NotebookError(f"{path.stem}: the kernel died", fix, exit_code=138) from error
@@ -202,7 +210,8 @@ def reproduce(
     for number, name in enumerate(names, 1):
         runtime.log(f"[{number}/{len(names)}] {name}")
         started, clock = time.time(), time.monotonic()
-        run_notebook(name, {"profile": profile})
+        figures = config.profile(profile).figures
+        run_notebook(name, {"profile": profile, **({"figures": str(runtime.root() / figures)} if figures else {})})
         rows.append((name, time.monotonic() - clock, _new_files(started)))
     runtime.log("\nnotebook                 seconds  new files")
     for name, seconds, files in rows:
@@ -216,7 +225,7 @@ def reproduce(
 
 def _new_files(since):
     """Return the figures and results written since a time."""
-    places = ("figures/**/*.png", "runs/*/figures/*.png", "runs/*/*/results.json")
+    places = ("figures/**/*.png", "runs/*/figures-*/*.png", "runs/*/*/results.json")
     files = (path for place in places for path in runtime.root().glob(place))
     return [runtime.relative(path) for path in sorted(files) if path.stat().st_mtime >= since]
 
@@ -228,6 +237,7 @@ def predict(
     profile: str = "mini",
     format: Literal["text", "json"] = "text",
     device: str = "auto",
+    on_bad: Literal["error", "skip"] = "error",
 ):
     """Read prompts out of images: rsd predict picture.png folder/.
 
@@ -237,14 +247,19 @@ def predict(
         profile: where to look for it.
         format: text to read, or JSON with the embeddings.
         device: auto, cpu or cuda.
+        on_bad: what to do about files that are no readable image: stop, or leave them out and say so.
     """
     from rsdlib.predict import Predictor, latest_run
 
     if not images:
         raise ConfigError("no image was given", "For example: rsd predict picture.png")
-    files = [file for image in images for file in _image_files(Path(image))]
-    folder = run or latest_run(profile)
-    found = Predictor.load(folder, device).predict(files)
+    with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to the standard output
+        files = [file for image in images for file in _image_files(Path(image))]
+        folder = run or latest_run(config.profile(profile).name)
+        predictor = Predictor.load(folder, device)
+        if on_bad == "skip":
+            files = [file for file in files if _readable(file)]
+        found = predictor.predict(files)
     if format == "json":
         rows = zip(files, found.embeddings.tolist(), found.words, found.prompts, strict=True)
         print(json.dumps([{"image": str(f), "embedding": e, "words": w, "prompts": p} for f, e, w, p in rows]))
@@ -256,6 +271,17 @@ def predict(
             print("  words    " + ", ".join(f"{word} {probability:.2f}" for word, probability in words))
         for prompt, similarity in prompts:
             print(f"  {similarity:.3f}    {prompt}")
+
+
+def _readable(file):
+    from rsdlib.data import open_image
+
+    try:
+        open_image(file)
+    except errors.BadImageError as error:
+        print(f"left out: {error.id}: {error.reason}")
+        return False
+    return True
 
 
 def _image_files(path):

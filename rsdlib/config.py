@@ -5,7 +5,6 @@ import difflib
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rsdlib.errors import ConfigError
 
@@ -57,6 +56,8 @@ class _Checked:
             if not matches(value, hints[name]):
                 wanted = getattr(hints[name], "__name__", str(hints[name]))
                 raise ConfigError(f"{name} = {value!r} is of type {type(value).__name__}, not {wanted}")
+            if type(value) is int and hints[name] in (float, float | None):
+                object.__setattr__(self, name, float(value))  # 1 and 1.0 are one setting, with one key
         for name, (low, high) in self._ranges.items():
             value = getattr(self, name)
             if value is not None and not (value >= low and (high is None or value <= high)):
@@ -108,12 +109,11 @@ class BackboneConfig(_Checked):
     """An encoder: which library builds it, from which weights, and how it is fed and run."""
 
     library: str  # a builder in `rsdlib.backbones`: "timm"
-    model: str  # the library's name, or a name in `rsdlib.registry`
+    model: str  # the library's name, a name in `rsdlib.registry`, or a folder that holds the model
     pretrained: bool = True
     options: dict = field(default_factory=dict)  # handed to the library's constructor
     image_size: int | None = None  # pixels a side; None takes the size the weights were trained with
     gradient_checkpointing: bool = False
-    convolutional: bool = False  # bf16 does not pay for it on a CPU
     _ranges: typing.ClassVar[dict] = {"image_size": (8, 2048)}
 
 
@@ -138,7 +138,7 @@ class TrainConfig(_Checked):
     lr_min: float = 1e-6
     warmup: float = 0.0  # share of all steps with a linearly rising rate
     weight_decay: float = 0.0  # 0 makes AdamW the paper's Adam
-    clip: float | None = 1.0  # largest norm of the gradient
+    clip: float | None = 1.0  # largest norm of the gradient. Differs from the paper: it does not clip
     precision: str = "auto"  # "auto", "fp32" or "bf16"
     seed: int = 0
     save_every: int = 200  # steps between checkpoints; one is also written after each epoch
@@ -169,7 +169,7 @@ class Profile(_Checked):
     train: TrainConfig
     train_overrides: dict = field(default_factory=dict)  # backbone -> what it trains with instead
     head: HeadConfig = field(default_factory=HeadConfig)
-    figures: str = "figures"  # folder for the figures made from the profile's own data
+    figures: str = ""  # where `rsd reproduce` puts the figures; empty: below runs
 
     def backbone(self, name):
         """Return the settings of backbone `name`; ``timm:<name>`` opens any other timm model at its own size."""
@@ -200,13 +200,13 @@ PROFILES = {
         data=replace(_MINI_DATA, limit=384, vocabulary_size=32, val_fraction=0.17, test_fraction=0.17),
         backbones={"vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, {**_MINI_VIT, "embed_dim": 48, "depth": 2}, 64)},
         train=TrainConfig(epochs=2, batch_size=32, lr=1e-3, warmup=0.1),
-        figures="runs/smoke/figures",
     ),
     # Minutes on two cores, offline: the default.
     "mini": Profile(
         name="mini",
         data=_MINI_DATA,
         backbones={"vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, _MINI_VIT, 64)},
+        figures="figures",
         train=TrainConfig(epochs=16, batch_size=32, lr=1e-3, warmup=0.1, weight_decay=0.05, save_every=50),
     ),
     # DiffusionDB and the real weights, on GPUs: the paper's settings (supplementary, section 7).
@@ -215,7 +215,6 @@ PROFILES = {
         data=DataConfig(source="data/diffusiondb"),
         backbones={"vit": BackboneConfig("timm", "vit_base_patch16_224.augreg_in21k_ft_in1k", image_size=224)},
         train=TrainConfig(save_every=2000, log_every=100),
-        figures="runs/paper/figures",
     ),
 }
 
@@ -227,7 +226,7 @@ def profile(name, source=None, **changes):
     ----------
     name : str
     source : str, optional
-        Folder of pairs to use in place of the profile's own; figures then go to ``runs/<profile>/figures-<folder's name>``.
+        Folder of pairs to use in place of the profile's own.
     **changes
         Settings of `DataConfig` or `CleanConfig` that differ; None leaves one as it is.
     """
@@ -239,6 +238,4 @@ def profile(name, source=None, **changes):
     cleaning = {f.name for f in dataclasses.fields(CleanConfig)} & changes.keys()
     clean = replace(chosen.data.clean, **{setting: changes.pop(setting) for setting in cleaning})
     data = replace(chosen.data, clean=clean, **changes)
-    if not source:
-        return replace(chosen, data=data)
-    return replace(chosen, data=replace(data, source=source), figures=f"runs/{name}/figures-{Path(source).name}")
+    return replace(chosen, data=replace(data, source=source) if source else data)

@@ -204,9 +204,11 @@ def load_pairs(source, *, limit=None):
 
 def _read_plain(source, table):
     frame = _checked(_read_table(table), runtime.relative(table), _PLAIN)
-    files = {Path(folder, name).relative_to(source).as_posix() for folder, _, names in os.walk(source) for name in names}
+    walked = os.walk(source, followlinks=True)
+    files = {Path(folder, name).relative_to(source).as_posix() for folder, _, names in walked for name in names}
     suffixes = ("", ".png", ".jpg", ".jpeg", ".webp")
-    found = [next((name + suffix for suffix in suffixes if name + suffix in files), None) for name in frame["file"]]
+    wanted = [os.path.normpath(name).removeprefix(f"{source}/") for name in frame["file"]]
+    found = [next((name + suffix for suffix in suffixes if name + suffix in files), None) for name in wanted]
     if None in found:  # a name that climbs out of the folder is never among its files
         message = f"image {frame['file'].iloc[found.index(None)]!r} is listed in {runtime.relative(table)} but is not in its folder"
         raise BadTableError(message, "Add the file, or drop the row.")
@@ -472,10 +474,12 @@ class ImageStore:
         Which rows have an image.
     bad : pandas.DataFrame
         The other rows: ``id``, ``part``, ``reason``.
+    key : str
+        Changes with any byte of any image and with which are bad.
     """
 
-    def __init__(self, size, shards, shard, row, bad):
-        self.size, self.bad = size, bad
+    def __init__(self, size, shards, shard, row, bad, key=""):
+        self.size, self.bad, self.key = size, bad, key
         self._shards = shards  # each (k, 3, size, size)
         self._shard, self._row = shard, row  # (n,), (n,): where image i lies
         self.ok = row >= 0  # (n,)
@@ -499,7 +503,7 @@ class ImageStore:
         executor : concurrent.futures.Executor, optional
             Runs one shard a task, in any process that sees the same files; the bytes do not depend on it.
         max_bad : float
-            With ``on_bad="skip"``, the share of bad images above which the data itself is refused; one bad image always passes.
+            With ``on_bad="skip"``, the share of bad images above which the data itself is refused; five bad images always pass.
 
         Returns
         -------
@@ -514,7 +518,7 @@ class ImageStore:
         work = functools.partial(_make_shard, size=size, folder=Path(folder or runtime.cache_dir() / "images"))
         paths = (work(task) for task in tasks) if executor is None else executor.map(work, tasks)
 
-        shards, bad = [], []
+        shards, bad, names = [], [], []
         shard, row = np.zeros(len(ids), np.int32), np.full(len(ids), -1, np.int32)
         with contextlib.closing(paths):  # on an error, tasks that wait are cancelled
             for path, rows, task in zip(runtime.track(paths, "decoding images, shards", len(tasks)), groups, tasks, strict=True):
@@ -527,11 +531,12 @@ class ImageStore:
                 if bad and on_bad == "error":
                     raise BadImageError(*bad[0])
                 shards.append(np.asarray(arrays["images"]))
-        store = cls(size, shards, shard, row, pd.DataFrame(bad, columns=["id", "part", "reason"]))
+                names.append(path.name)
+        store = cls(size, shards, shard, row, pd.DataFrame(bad, columns=["id", "part", "reason"]), runtime.digest(names))
         assert int(store.ok.sum()) + len(bad) == len(ids)
         if bad:
             runtime.log(f"{len(bad):,} of {len(ids):,} images are bad and left out, the first: {', '.join(bad[0])}")
-        if len(bad) > max(1, max_bad * len(ids)):
+        if len(bad) > max(5, max_bad * len(ids)):
             message = f"{len(bad):,} of {len(ids):,} images are bad, more than max_bad = {max_bad}; the first: {', '.join(bad[0])}"
             raise BadTableError(message, "Get the data again, or raise max_bad.")
         return store

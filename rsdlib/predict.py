@@ -1,10 +1,12 @@
 """Use what was trained: an image in; the prompt's embedding, its likely words and the nearest known prompts out."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from rsdlib import data, recipes, retrieval, runtime
 from rsdlib.errors import CacheError
@@ -57,8 +59,8 @@ class Predictor:
             The folder holds no finished run, or a file in it is damaged.
         """
         folder = runtime.resolve_path(folder)
-        if not (folder / "model.safetensors").is_file():
-            raise CacheError(f"{runtime.relative(folder)} holds no trained model", "Train one: rsd run 01_train_vit.")
+        if not (folder / "difficulty.parquet").is_file():  # the last file of a run
+            raise CacheError(f"{runtime.relative(folder)} holds no finished run", "Train one: rsd run 01_train_vit.")
         model, recipe = recipes.load_model(folder)
         prepared = runtime.cache_dir() / "prepared" / recipe.prepared
         try:
@@ -78,7 +80,7 @@ class Predictor:
 
         Parameters
         ----------
-        images : sequence of paths, locators or PIL images
+        images : path, locator or PIL image, or a sequence of them
         n_words, n_prompts : int
             How many words and prompts to name for each image.
         batch_size : int
@@ -89,10 +91,12 @@ class Predictor:
         """
         import torch
 
+        images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
         size = self.model.backbone.image_size
-        embeddings, probabilities = [], []
+        embeddings, probabilities = [np.empty((0, self.model.embedding_head.out_features), np.float32)], []
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
-            opened = [data.open_image(image) for image in images[start : start + batch_size]]
+            chunk = images[start : start + batch_size]
+            opened = [image.convert("RGB") if isinstance(image, Image.Image) else data.open_image(image) for image in chunk]
             batch = torch.from_numpy(np.stack([data.resize(image, size) for image in opened])).to(self.device)  # (b, 3, s, s)
             with torch.inference_mode():
                 embedding, logits = self.model(batch)
@@ -103,7 +107,7 @@ class Predictor:
         words = prompts = [[] for _ in images]
         if probabilities:
             words = [_top(row, self.words, n_words) for row in np.concatenate(probabilities)]
-        if self.bank:
+        if self.bank and n_prompts and images:
             similarity, index = retrieval.nearest(embeddings, self.bank_embeddings, min(n_prompts, len(self.bank)))
             prompts = [[(self.bank[i], float(s)) for i, s in zip(*row, strict=True)] for row in zip(index, similarity, strict=True)]
         return Prediction(embeddings, words, prompts)

@@ -91,6 +91,7 @@ def split(keys, val_fraction, test_fraction):
     -------
     ndarray of str, (n,)
     """
+    # Differs from the paper: the authors' code splits by image, so that one prompt can lie on both sides.
     if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction >= 1:
         raise ConfigError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on")
     keys = _texts(keys)
@@ -306,8 +307,9 @@ class Vocabulary:
     def fit(cls, prompts, size=1000, tagger="pattern"):
         """Collect the nouns, adjectives and verbs that occur in the most prompts. Pass *training* prompts only.
 
-        A word counts once a prompt. It belongs if it has at least two letters and nothing else, is no stop word, and most of
-        its occurrences are tagged NN*, JJ* or VB*. Ties in frequency go by the alphabet. Fewer words than `size` are all kept.
+        A word counts once a prompt, and a prompt once, however many images it has. A word belongs if it has at least two letters
+        and nothing else, is no stop word, and most of its occurrences are tagged NN*, JJ* or VB*. Ties in frequency go by the
+        alphabet. Fewer words than `size` are all kept.
 
         Parameters
         ----------
@@ -321,9 +323,9 @@ class Vocabulary:
             raise ConfigError(f"tagger {tagger!r} is unknown", f"Known: {sorted(_TAGGERS)}.")
         tag = _TAGGERS[tagger]()
         prompts_with, tagged, occurrences, content = Counter(), Counter(), Counter(), Counter()
-        for text, copies in Counter(map(normalise, _texts(prompts))).items():
-            prompts_with.update([*set(_words(text))] * copies)
-            tagged.update(tag(_words_and_signs(text)) * copies)
+        for text in dict.fromkeys(map(normalise, _texts(prompts))):
+            prompts_with.update(set(_words(text)))
+            tagged.update(tag(_words_and_signs(text)))
         for (word, label), count in tagged.items():
             occurrences[word] += count
             content[word] += count * label.startswith(("NN", "JJ", "VB"))

@@ -3,7 +3,11 @@
 Each step stores what it made under a key of what made it, so that a notebook finds the work of an earlier one or does it itself.
 """
 
+import contextlib
 import dataclasses
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +21,7 @@ from rsdlib.errors import BadTableError
 
 # --- data -------------------------------------------------------------------------------------------------------------------
 
-_RULES = "1"  # part of the key of prepared data: change it with what the rules of `rsdlib.prompts` do
+_RULES = "2"  # part of the key of prepared data: change it with what the rules of `rsdlib.prompts` do
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Prepared:
     vocabulary: prompts.Vocabulary
     targets: np.ndarray
     labels: np.ndarray
+    _stores: dict = field(default_factory=dict, repr=False)
 
     def rows(self, split):
         """Return the rows of ``"train"``, ``"val"`` or ``"test"``."""
@@ -63,8 +68,16 @@ class Prepared:
         return pd.DataFrame(rows)
 
     def images(self, size, on_bad="error"):
-        """Return the decoded images of all pairs, stored once (see `rsdlib.data.ImageStore`)."""
-        return data.ImageStore.build(self.pairs, size, on_bad=on_bad)
+        """Return the decoded images of all pairs, stored once and checked once a session (see `rsdlib.data.ImageStore`)."""
+        if (size, on_bad) not in self._stores:
+            many = len(self.pairs) > 20_000  # below, starting processes costs more than it saves
+            with ProcessPoolExecutor(os.cpu_count()) if many else contextlib.nullcontext() as executor:
+                self._stores[size, on_bad] = data.ImageStore.build(self.pairs, size, on_bad=on_bad, executor=executor)
+        return self._stores[size, on_bad]
+
+    def figures(self, profile, folder=""):
+        """Return the folder for figures: `folder`, or one below ``runs/<profile>`` that belongs to these data."""
+        return runtime.resolve_path(folder) if folder else runtime.root() / "runs" / profile.name / f"figures-{self.key[:8]}"
 
 
 def prepare(config):
@@ -80,13 +93,15 @@ def prepare(config):
     """
     source = runtime.resolve_path(config.source)
     pairs = data.load_pairs(source, limit=config.limit)
-    fingerprint = pd.util.hash_pandas_object(pairs[["id", "prompt"]].astype(str), index=False).to_numpy()
+    read = [column for column in ("id", "prompt", "image_nsfw", "prompt_nsfw") if column in pairs]  # by the rules
+    fingerprint = pd.util.hash_pandas_object(pairs[read].astype(str), index=False).to_numpy()
     settings = {name: value for name, value in as_dict(config).items() if name != "source"}
     key = runtime.digest([settings, _RULES, fingerprint.tolist()])
     folder = runtime.cache_dir() / "prepared" / key
     if not (folder / "vocabulary.json").exists():  # the last file of this step
         _prepare(config, pairs, folder)
-    kept = pd.read_parquet(folder / "pairs.parquet").merge(pairs.drop(columns="prompt"), on="id", how="left", validate="1:1")
+    rest = pairs.drop(columns=["prompt", "key", "split"], errors="ignore")  # a source's own split is not ours
+    kept = pd.read_parquet(folder / "pairs.parquet").merge(rest, on="id", how="left", validate="1:1")
     vocabulary = prompts.Vocabulary.load(folder / "vocabulary.json")
     made_from = {"prepared": key}
     arrays = runtime.cached_arrays(folder / "answers.safetensors", lambda: _answers(kept["prompt"], vocabulary), made_from)
@@ -97,15 +112,13 @@ def prepare(config):
 def _prepare(config, pairs, folder):
     kept, report = prompts.clean(pairs, config.clean)
     if kept.empty:
-        raise BadTableError(
-            f"no pair of {config.source} is left after cleaning", "Loosen the rules; the report says which took most."
-        )
+        rule = report.loc[(report["rows_in"] - report["rows_out"]).idxmax(), "rule"]
+        raise BadTableError(f"no pair of {config.source} is left after cleaning", f"The rule {rule!r} took most: loosen it.")
     kept["split"] = prompts.split(kept["key"], config.val_fraction, config.test_fraction)
     for split in ("train", "val", "test"):
-        if not (kept["split"] == split).any():
-            raise BadTableError(
-                f"the {split} split of {config.source} is empty: {len(kept)} pairs are too few", "Add data or raise its fraction."
-            )
+        if (found := kept.loc[kept["split"] == split, "key"].nunique()) < 2:
+            message = f"the {split} split of {config.source} has {found} of {kept['key'].nunique()} prompts, too few to judge by"
+            raise BadTableError(message, "Add data.")
     vocabulary = prompts.Vocabulary.fit(kept.loc[kept["split"] == "train", "prompt"], config.vocabulary_size)
     runtime.write_parquet(folder / "pairs.parquet", kept[["id", "prompt", "key", "split"]])
     runtime.write_parquet(folder / "report.parquet", report)
@@ -115,7 +128,7 @@ def _prepare(config, pairs, folder):
 def _answers(texts, vocabulary):
     from rsdlib.training import pack
 
-    return {"targets": prompts.embed_cached(texts), "labels": pack(vocabulary.encode(texts))}
+    return {"targets": prompts.embed_cached(texts, device=runtime.device("auto")), "labels": pack(vocabulary.encode(texts))}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------------
@@ -128,9 +141,9 @@ class Recipe:
     backbone: BackboneConfig
     head: HeadConfig
     words: tuple = ()  # the vocabulary; empty without vocabulary head
-    prepared: str = ""  # key of the data
+    prepared: str = ""  # key of the prompts and their split
+    images: str = ""  # key of the pixels
     seed: int = 0
-    curriculum: dict = field(default_factory=dict)
 
     def build(self):
         """Return the model with its starting weights, a function of the recipe alone."""
@@ -182,20 +195,26 @@ def train(profile, backbone, prepared, *, weight=None, head=None, on_bad="error"
 
     asked = {name: value for name, value in (("weight", weight), ("head", head)) if value is not None}
     heads = replace(profile.head, **asked)
+    if not heads.weight:  # one vanilla run, whatever arrangement was asked for
+        heads = HeadConfig(weight=0.0, huber=heads.huber)
     settings = profile.training(backbone, **changes)
     words = prepared.vocabulary.words if heads.weight else ()
-    recipe = Recipe(profile.backbone(backbone), heads, words, prepared.key, settings.seed)
+    store = prepared.images(image_size(profile, backbone), on_bad)
+    recipe = Recipe(profile.backbone(backbone), heads, words, prepared.key, store.key, settings.seed)
     fixed = {setting: value for setting, value in as_dict(settings).items() if setting not in settings.free}
-    name = f"{backbone.replace(':', '-')}-{'mlc' if words else 'vanilla'}"
+    name = f"{slug(backbone)}-{'mlc' if words else 'vanilla'}"
     folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), fixed], 8)}"
     model = recipe.build()
-    store = prepared.images(model.backbone.image_size, on_bad)
-    usable = store.ok
-    rows = {split: (found := prepared.rows(split))[usable[found]] for split in ("train", "val")}
+    rows = {split: (found := prepared.rows(split))[store.ok[found]] for split in ("train", "val")}
     pairs = training.PairData(store, prepared.targets, prepared.labels if words else None, len(words), **rows)
     runtime.log(f"{name}: {len(rows['train'])} training pairs, {settings.epochs} epochs -> {runtime.relative(folder)}")
     objective = JointObjective(heads.weight, heads.huber)
     return training.fit(model, pairs, settings, folder, objective=objective, recipe=as_dict(recipe))
+
+
+def slug(backbone):
+    """Return a backbone's name as part of a file name."""
+    return re.sub(r"[^\w.]+", "-", backbone)
 
 
 def image_size(profile, backbone):
@@ -307,7 +326,7 @@ def as_table(rows):
     return pd.DataFrame([{name: text(value) for name, value in row.items()} for row in rows]).fillna("").set_index("method").T
 
 
-MEAN, KNN_BEFORE, KNN_AFTER = "mean embedding", "k-NN, features as they came", "k-NN, features as trained"
+MEAN, KNN_BEFORE, KNN_AFTER = "mean embedding", "k-NN, features as they came", "k-NN, features as trained (vanilla)"
 BASELINES = (MEAN, KNN_BEFORE, KNN_AFTER)
 
 
@@ -370,7 +389,7 @@ def predict_run(folder, prepared, store, split, device="auto"):
         runtime.write_parquet(Path(folder) / f"predictions-{split}.parquet", items.assign(cosine=cosine))
         return {"embedding": pred}
 
-    made_from = {"items": runtime.digest(items.to_numpy().tolist())}
+    made_from = {"items": runtime.digest([items.to_numpy().tolist(), store.key])}
     return runtime.cached_arrays(Path(folder) / f"predictions-{split}.safetensors", predict, made_from)["embedding"]
 
 
@@ -389,5 +408,6 @@ def write_results(folder, prepared, row, **more):
         "best_epoch": int(best["epoch"]) + 1,
         "val_cosine": float(best["val_similarity"]),
         "environment": runtime.read_json(run.folder / "run.json"),
+        "images": run.recipe["images"],
     }
     runtime.write_json(run.folder / "results.json", {**row, **facts, **more})

@@ -71,11 +71,15 @@ def locate(name):
     return folder
 
 
+def override(name):
+    """Return ``$RSD_MODELS/<name>`` if there is such a folder, else None."""
+    folder = Path(os.environ.get("RSD_MODELS") or os.devnull) / name
+    return folder if folder.is_dir() else None
+
+
 def _find(name, spec):
-    if os.environ.get("RSD_MODELS"):
-        override = Path(os.environ["RSD_MODELS"]) / name
-        if override.is_dir():
-            return override
+    if override(name):
+        return override(name)
     package = find_spec(spec.package) if spec.package else None
     if package is not None:
         return Path(package.submodule_search_locations[0]) / "model"

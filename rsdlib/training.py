@@ -107,7 +107,8 @@ class Plan:
             raise BadValueError("there is nothing to train on: a stage without rows", "Check the split and the filters.")
         self.config = config
         self.epochs = [stage.rows for stage in stages for _ in range(stage.epochs)]
-        steps = [math.ceil(len(rows) / config.batch_size) for rows in self.epochs]
+        # A last batch of one row joins the one before: BatchNorm cannot train on a single sample.
+        steps = [max(math.ceil((len(rows) - 1) / config.batch_size), 1) for rows in self.epochs]
         self.starts = np.concatenate([[0], np.cumsum(steps)])  # first step of each epoch, then the total
         self.total = int(self.starts[-1])
         self._order = (-1, None)
@@ -122,7 +123,8 @@ class Plan:
         if self._order[0] != epoch:
             self._order = (epoch, runtime.rng("order", self.config.seed, epoch).permutation(self.epochs[epoch]))
         first = (step - self.starts[epoch]) * self.config.batch_size
-        return self._order[1][first : first + self.config.batch_size]
+        last = step + 1 == self.starts[epoch + 1]
+        return self._order[1][first : None if last else first + self.config.batch_size]
 
     def lr_factor(self, step):
         """Return the rate of `step` as a share of its peak: linear warm-up, then one half cosine to ``lr_min`` over all stages."""
@@ -202,7 +204,9 @@ def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), re
 
     Notes
     -----
-    Under ``torchrun --nproc-per-node k`` each process takes its share of every global batch: losses are those of one process.
+    Under ``torchrun --nproc-per-node k`` each process takes its share of every global batch. Losses are those of one process, as
+    they are for any number of micro-batches, for models whose samples do not meet (no BatchNorm) and without dropout, whose masks
+    depend on the shares.
     """
     folder = Path(folder)
     plan = Plan(stages or [Stage(np.asarray(data.train), config.epochs)], config)
@@ -380,7 +384,8 @@ class _Loop:
     def _resume(self):
         """Take up the checkpoint if there is one."""
         path = self.folder / "checkpoint.safetensors"
-        environment = runtime.environment()
+        precision = self.accelerator.mixed_precision.replace("no", "fp32")
+        environment = {**runtime.environment(), "device": str(self.accelerator.device), "precision": precision}
         if not path.exists():
             if self.accelerator.is_main_process:
                 runtime.write_json(self.folder / "run.json", environment)
@@ -399,7 +404,11 @@ class _Loop:
         for name, value in meta.items():
             setattr(state, name, value)
         before = runtime.read_json(self.folder / "run.json")
-        changed = [name for name in ("threads", "versions", "cpu_capability", "gpu") if before.get(name) != environment[name]]
+        changed = [
+            name
+            for name in ("threads", "versions", "cpu_capability", "gpu", "device", "precision")
+            if before.get(name) != environment[name]
+        ]
         note = f"; {', '.join(changed)} changed since it began, so its last digits may differ" if changed else ""
         runtime.log(f"{runtime.relative(self.folder)}: resuming at step {state.step} of {state.plan.total}{note}")
 
@@ -417,6 +426,8 @@ def _accelerator(config, model):
 
     device = runtime.device(config.device)
     convolutional = getattr(getattr(model, "backbone", model), "convolutional", False)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
     chosen = runtime.precision(config.precision, device, convolutional=convolutional)
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no" if chosen == "fp32" else chosen)

@@ -130,6 +130,15 @@ def test_any_timm_model_opens_at_its_own_size():
     assert encoder.features == 512
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vgg11", "vit_tiny_patch16_224", "resnet18"])
+def test_features_are_as_many_as_stated(name):
+    encoder = backbones.create(config.BackboneConfig("timm", name, pretrained=False))
+    with torch.inference_mode():
+        found = encoder.eval()(torch.zeros(1, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8))
+    assert found.shape == (1, encoder.features)
+    assert encoder.convolutional == (not name.startswith("vit"))
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     settings = config.profile("smoke").backbone("vit")
     grads = []

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rsdlib import cli, runtime
+from rsdlib import cli, recipes, runtime
 from rsdlib.errors import ConfigError, NotebookError
 
 RSD = [sys.executable, "-m", "rsdlib.cli"]
@@ -39,9 +39,11 @@ def test_01_makes_what_it_needs_and_writes_its_results(trained):
         assert -1 <= result["cosine"]["low"] <= result["cosine"]["mean"] <= result["cosine"]["high"] <= 1
         assert result["cosine"]["n"] == result["sizes"][2]["pairs"]
         assert [size["shared"] for size in result["sizes"]] == [0, 0, 0]
-        assert set(result["baselines"]) == {"mean embedding", "k-NN, features as they came", "k-NN, features as trained"}
+        assert set(result["baselines"]) == set(recipes.BASELINES)
+        assert result["environment"]["precision"] in ("fp32", "bf16")
         assert {"seed", "environment", "epochs", "best_epoch", "source"} <= result.keys()
-    figures = {path.name for path in (trained / "runs/smoke/figures").glob("*.png")}
+    assert "gain over vit" in json.loads(results[0].read_text())
+    figures = {path.name for path in (trained / "runs/smoke").glob("figures-*/*.png")}
     assert figures >= {f"01_vit_{name}.png" for name in ("curves", "scores", "recall", "neighbours")}
 
 
@@ -51,7 +53,7 @@ def test_00_runs_after_it_from_the_same_caches(trained):
     assert done.returncode == 0, done.stderr
     after = {path: path.stat().st_mtime_ns for path in (trained / "data/cache").rglob("*.safetensors")}
     assert after == before
-    assert (trained / "runs/smoke/figures/00_cleaning.png").is_file()
+    assert list((trained / "runs/smoke").glob("figures-*/00_cleaning.png"))
     notebook = nbformat.read(trained / "runs/smoke/notebooks/00_prepare_data.ipynb", as_version=4)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
@@ -127,6 +129,16 @@ def test_failures_exit_with_one_clear_line(tmp_path, cell, code, words):
     assert "Traceback" not in done.stderr
 
 
+def test_a_path_means_that_very_file(tmp_path):
+    """Also where an edited copy is called like one of the project's notebooks."""
+    mine = toy_notebook(tmp_path, "pass").rename(tmp_path / "01_train_vit.ipynb")
+    assert cli.find_notebook(str(mine)) == mine
+    assert cli.find_notebook("01").parent.name == "notebooks"
+    (tmp_path / "notes.ipynb").write_text("not JSON")
+    with pytest.raises(ConfigError, match="is not a notebook"):
+        cli.run_notebook(tmp_path / "notes.ipynb", {})
+
+
 def test_slow_cell_is_stopped(tmp_path):
     path = toy_notebook(tmp_path, "import time; time.sleep(60)")
     with pytest.raises(NotebookError, match="longer than 1 s"):
@@ -159,9 +171,10 @@ def test_right_parameters_get_their_types(tmp_path):
     [
         (("run", "01_train_vti"), 2, "Did you mean '01_train_vit'"),
         (("run", "01", "-p", "epohcs", "3"), 2, "Did you mean 'epochs'"),
-        (("run", "01", "-p", "profile", "miny"), 1, "Did you mean 'mini'"),
-        (("run", "01", "-p", "profile", "smoke", "-p", "seed", "1099511627776"), 1, "seed = 1099511627776 is out of range"),
-        (("run", "00", "-p", "profile", "smoke", "-p", "source", "no/such/folder"), 1, "there is no folder"),
+        (("run", "01", "-p", "profile", "miny"), 2, "Did you mean 'mini'"),
+        (("run", "01", "-p", "profile", "smoke", "-p", "seed", "1099511627776"), 2, "seed = 1099511627776 is out of range"),
+        (("run", "00", "-p", "profile", "smoke", "-p", "source", "no/such/folder"), 3, "there is no folder"),
+        (("run", "01", "-p", "profile", "smoke", "-p", "weight", "-1"), 2, "weight = -1.0 is out of range"),
         (("predict",), 2, "no image"),
         (("predict", "missing.png"), 2, "no file missing.png"),
         (("reproduce", "--from", "77"), 2, "no notebook '77'"),

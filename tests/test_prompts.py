@@ -286,8 +286,9 @@ def test_encode_finds_words_as_they_were_counted():
 
 
 def test_encode_equals_counting():
-    texts = similar_prompts(300, np.random.default_rng(3))
-    vocabulary = prompts.Vocabulary.fit(texts, size=20)
+    texts = list(dict.fromkeys(map(prompts.normalise, similar_prompts(300, np.random.default_rng(3)))))
+    vocabulary = prompts.Vocabulary.fit(texts * 2, size=20)  # a prompt counts once, however many images it has
+    assert vocabulary == prompts.Vocabulary.fit(texts, size=20)
     labels = vocabulary.encode(texts)
     for column, word in enumerate(vocabulary.words):
         assert labels[:, column].tolist() == [word in prompts._words(prompts.normalise(text)) for text in texts]

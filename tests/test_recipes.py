@@ -1,5 +1,6 @@
 """The shared steps on a small folder of pairs, and the figures that are drawn from them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -78,24 +79,84 @@ def test_damaged_answers_are_made_again(source):
     assert path.read_bytes() == whole
 
 
+def copy(source, folder):
+    """Copy the pairs; return their table."""
+    table = pd.read_csv(source / "metadata.csv")
+    for name in table["file_name"]:
+        (folder / name).write_bytes((source / name).read_bytes())
+    table.to_csv(folder / "metadata.csv", index=False)
+    return table
+
+
+def test_other_pixels_are_another_run(source, tmp_path):
+    """Same prompts, another sampler or a repaired image: never the old model's scores."""
+    table = copy(source, tmp_path)
+    profile = settings(tmp_path)
+    first = recipes.train(profile, "vit", recipes.prepare(profile.data), epochs=1)
+    Image.new("RGB", (64, 64)).save(tmp_path / table["file_name"].iloc[0])
+    second = recipes.train(profile, "vit", recipes.prepare(profile.data), epochs=1)
+    assert first != second
+    assert recipes.prepare(profile.data).key == recipes.prepare(settings(source).data).key  # the prompts are the same
+
+
+def test_what_a_rule_reads_is_in_the_key(source, tmp_path):
+    table = copy(source, tmp_path)
+    before = recipes.prepare(settings(tmp_path).data)
+    table.assign(image_nsfw=[2.0] * 8 + [0.0] * (len(table) - 8)).to_csv(tmp_path / "metadata.csv", index=False)
+    after = recipes.prepare(settings(tmp_path).data)
+    assert after.key != before.key
+    assert len(after.pairs) == len(before.pairs) - 8
+
+
+def test_columns_of_the_source_named_like_ours_do_no_harm(source, tmp_path):
+    table = copy(source, tmp_path)
+    table.assign(split="train", key="x", artist="old master").to_csv(tmp_path / "metadata.csv", index=False)
+    prepared = recipes.prepare(settings(tmp_path).data)
+    assert set(prepared.pairs["split"]) == {"train", "val", "test"}
+    assert set(prepared.pairs["artist"]) == {"old master"}
+
+
+def test_neighbours_are_chosen_on_validation_not_on_the_test_set(source):
+    profile = settings(source)
+    prepared = recipes.prepare(profile.data)
+    model = recipes.starting_model(recipes.train(profile, "vit", prepared, epochs=1))
+    chosen = []
+    for targets in (prepared.targets, np.array(prepared.targets)):
+        rows = prepared.rows("test")
+        if len(chosen):  # other answers on the test set must not matter
+            targets[rows] = np.random.default_rng(0).normal(size=(len(rows), 384))
+        scores = recipes.Scores(dataclasses.replace(prepared, targets=targets), prepared.images(64), "test")
+        chosen.append(recipes.predict_baselines(scores, model, model, neighbours=(1, 2, 3, 5, 8)))
+    assert chosen[0] == chosen[1]
+
+
+def test_images_of_one_prompt_count_as_one_in_every_interval(source):
+    prepared = recipes.prepare(settings(source).data)
+    rows = prepared.rows("test")
+    pred = np.random.default_rng(0).normal(size=(len(rows), 384))
+    alone = recipes.score(pred, prepared.targets[rows], np.arange(len(rows)))
+    thrice = recipes.score(*(np.repeat(x, 3, axis=0) for x in (pred, prepared.targets[rows])), np.repeat(np.arange(len(rows)), 3))
+    for name in ("mean", "low", "high"):
+        assert thrice["cosine"][name] == pytest.approx(alone["cosine"][name])
+    assert thrice["median_rank"] == alone["median_rank"]
+
+
 def test_too_few_pairs_are_refused(source):
-    with pytest.raises(BadTableError, match="split of"):
+    with pytest.raises(BadTableError, match="too few to judge by"):
         recipes.prepare(settings(source, limit=2).data)
     with pytest.raises(BadTableError, match="no pair"):
         recipes.prepare(settings(source, min_characters=500).data)
 
 
 def test_bad_images_stop_or_are_left_out_of_every_figure(source, tmp_path):
-    table = pd.read_csv(source / "metadata.csv")
-    for name in table["file_name"]:
-        (tmp_path / name).write_bytes((source / name).read_bytes())
-    table.to_csv(tmp_path / "metadata.csv", index=False)
+    copy(source, tmp_path)
     profile = settings(tmp_path)
     prepared = recipes.prepare(profile.data)
     broken = prepared.rows("test")[0]
     (tmp_path / prepared.pairs["id"].iloc[broken]).write_bytes(b"<html>404</html>")
     with pytest.raises(BadImageError, match="none of PNG"):
         prepared.images(64)
+    assert prepared.images(64, "skip").key != recipes.prepare(settings(source).data).images(64).key
     store = prepared.images(64, "skip")
     scores = recipes.Scores(prepared, store, "test")
     assert broken not in scores.rows
@@ -135,15 +196,20 @@ def test_predictor_without_its_data_still_reads_images(source, tmp_path, capsys)
     folder = recipes.train(profile, "vit", recipes.prepare(profile.data), epochs=1)
     moved = tmp_path / "elsewhere"
     folder.rename(moved)
-    with_data = predict.Predictor.load(moved).predict([source / "tree-red.png"])
+    model = predict.Predictor.load(moved)
+    with_data = model.predict([source / "tree-red.png"])
+    for same in (str(source / "tree-red.png"), Image.open(source / "tree-red.png"), [source / "tree-red.png"]):
+        np.testing.assert_array_equal(model.predict(same).embeddings, with_data.embeddings)
+    assert model.predict([]).embeddings.shape == (0, 384)
+    assert model.predict(source / "tree-red.png", n_prompts=0).prompts == [[]]
     assert len(with_data.prompts[0]) == 5
     (runtime.cache_dir() / "prepared").rename(tmp_path / "gone")
     without = predict.Predictor.load(moved).predict([source / "tree-red.png"])
     assert "rsd run 00_prepare_data" in capsys.readouterr().out
     assert without.prompts == [[]]
     np.testing.assert_array_equal(without.embeddings, with_data.embeddings)
-    (moved / "model.safetensors").unlink()
-    with pytest.raises(CacheError, match="no trained model"):
+    (moved / "difficulty.parquet").unlink()
+    with pytest.raises(CacheError, match="no finished run"):
         predict.Predictor.load(moved)
 
 

@@ -282,6 +282,37 @@ def test_schedule_is_as_long_as_growing_stages_and_never_rises_after_the_warm_up
     assert any(b > a for a, b in pairwise(original))
 
 
+def test_the_optimizer_gets_the_planned_rate_decay_and_clipped_gradients(tmp_path):
+    config = replace(toy.CONFIG, clip=1e-3)
+    rates, norms = [], []
+
+    class Watch(training.Callback):
+        def before_step(self, state):
+            decays = {group["weight_decay"]: {p.ndim for p in group["params"]} for group in state.optimizer.param_groups}
+            assert decays == {0.01: {2}, 0.0: {1}}
+            state.optimizer.register_step_pre_hook(self.at_step) if not state.step else None
+
+        def at_step(self, optimizer, *_):
+            rates.append({group["lr"] for group in optimizer.param_groups})
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+
+    toy.fit(tmp_path, config, callbacks=[Watch()])
+    plan = training.Plan([training.Stage(np.arange(50), 3)], config)
+    assert rates == [{config.lr * plan.lr_factor(step)} for step in range(plan.total)]
+    assert len(norms) == plan.total
+    assert max(norms) <= 1.01e-3
+
+
+def test_best_epoch_is_judged_on_the_validation_rows(tmp_path):
+    data, model = toy.data(), toy.model()
+    folder = training.fit(model, data, toy.CONFIG, tmp_path, objective=JointObjective())
+    with training.evaluating(model):
+        embedding, _ = model(data.batch(data.val)["input"])
+    by_hand = torch.nn.functional.cosine_similarity(embedding, torch.from_numpy(data.targets[data.val])).mean()
+    assert training.load_run(folder).metrics["val_similarity"].max() == pytest.approx(float(by_hand), abs=1e-6)
+
+
 def test_stages_feed_their_own_rows(tmp_path):
     stages = [training.Stage(np.arange(20), 1), training.Stage(np.arange(50), 2)]
     table = training.load_run(toy.fit(tmp_path, stages=stages)).difficulty
@@ -289,8 +320,16 @@ def test_stages_feed_their_own_rows(tmp_path):
     assert table["epoch_3"].notna().all()
 
 
-def test_last_batch_of_one_sample_works(tmp_path):
-    toy.fit(tmp_path, replace(toy.CONFIG, batch_size=49, epochs=1))
+@pytest.mark.parametrize("batch_size", [7, 49])
+def test_a_last_batch_of_one_sample_joins_the_one_before(tmp_path, batch_size):
+    """BatchNorm, as in the original's perceptron, cannot train on a single sample."""
+    model = toy.model()
+    model.backbone.body.insert(2, torch.nn.BatchNorm1d(16))
+    config = replace(toy.CONFIG, batch_size=batch_size, epochs=1)
+    folder = training.fit(model, toy.data(), config, tmp_path, objective=JointObjective())
+    assert training.load_run(folder).difficulty["epoch_1"].notna().all()
+    plan = training.Plan([training.Stage(np.arange(50), 1)], config)
+    assert min(len(plan.rows(step)) for step in range(plan.total)) > 1
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------------
