@@ -129,7 +129,7 @@ def test_failures_exit_with_one_clear_line(tmp_path, cell, code, words):
     assert "Traceback" not in done.stderr
 
 
-def test_a_path_means_that_very_file(tmp_path):
+def test_a_path_means_that_very_file(project, tmp_path):
     """Also where an edited copy is called like one of the project's notebooks."""
     mine = toy_notebook(tmp_path, "pass").rename(tmp_path / "01_train_vit.ipynb")
     assert cli.find_notebook(str(mine)) == mine
