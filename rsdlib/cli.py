@@ -154,13 +154,15 @@ def run_notebook(name, parameters, output=None, timeout=None):
         reason = f"{error.ename}: {error.evalue}".strip(": ").splitlines()
         raised = getattr(errors, error.ename, None)  # one of ours keeps its exit code
         code = 1 if raised is None else EXIT_USAGE if raised is ConfigError else EXIT_REFUSED
-        message = f"{path.stem} failed in cell {error.exec_count}: {reason[0]}"
+        message = f"{path.stem} failed in cell {error.exec_count}: {reason[0].rstrip('.')}"
         raise NotebookError(message, f"See {runtime.relative(output)}.", exit_code=code) from error
     except DeadKernelError as error:
         fix = "Often memory: use a smaller batch_size. Run it again, it resumes."
         raise NotebookError(f"{path.stem}: the kernel died", fix, exit_code=138) from error
     except CellTimeoutError as error:
         raise NotebookError(f"{path.stem}: a cell took longer than {timeout} s", "Raise --timeout; a new run resumes.") from error
+    except RuntimeError as error:  # what jupyter raises when a kernel does not come up
+        raise NotebookError(f"{path.stem}: {str(error).splitlines()[0]}", "Run it again when the machine is less busy.") from error
     skipped = [cell for cell in done.cells if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None]
     left = [out for cell in done.cells for out in cell.get("outputs", []) if out.get("ename") == "SystemExit"]
     if skipped or left:

@@ -184,7 +184,7 @@ class Profile(_Checked):
         return replace(self.train, **{**self.train_overrides.get(backbone, {}), **changes})
 
 
-_MINI_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
+_SMOKE_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 _MINI_DATA = DataConfig(
     source="data/mini/diffusiondb",
     clean=CleanConfig(images_per_prompt=4),
@@ -198,16 +198,16 @@ PROFILES = {
     "smoke": Profile(
         name="smoke",
         data=replace(_MINI_DATA, limit=384, vocabulary_size=32, val_fraction=0.17, test_fraction=0.17),
-        backbones={"vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, {**_MINI_VIT, "embed_dim": 48, "depth": 2}, 64)},
+        backbones={"vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, _SMOKE_VIT, 64)},
         train=TrainConfig(epochs=2, batch_size=32, lr=1e-3, warmup=0.1),
     ),
     # Minutes on two cores, offline: the default.
     "mini": Profile(
         name="mini",
         data=_MINI_DATA,
-        backbones={"vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, _MINI_VIT, 64)},
+        backbones={"vit": BackboneConfig("timm", "data/mini/vit", image_size=64)},
         figures="figures",
-        train=TrainConfig(epochs=16, batch_size=32, lr=1e-3, warmup=0.1, weight_decay=0.05, save_every=50),
+        train=TrainConfig(epochs=8, batch_size=32, lr=1e-3, warmup=0.1, weight_decay=0.05, save_every=50),
     ),
     # DiffusionDB and the real weights, on GPUs: the paper's settings (supplementary, section 7).
     "paper": Profile(
