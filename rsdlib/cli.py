@@ -208,12 +208,13 @@ def reproduce(
         names = [find_notebook(only).stem]
     elif from_ is not None:
         names = names[names.index(find_notebook(from_).stem) :]
+    figures = config.profile(profile).figures
+    parameters = {"profile": profile, **({"figures": str(runtime.root() / figures)} if figures else {})}
     rows = []
     for number, name in enumerate(names, 1):
         runtime.log(f"[{number}/{len(names)}] {name}")
         started, clock = time.time(), time.monotonic()
-        figures = config.profile(profile).figures
-        run_notebook(name, {"profile": profile, **({"figures": str(runtime.root() / figures)} if figures else {})})
+        run_notebook(name, parameters)
         rows.append((name, time.monotonic() - clock, _new_files(started)))
     runtime.log("\nnotebook                 seconds  new files")
     for name, seconds, files in rows:
@@ -302,7 +303,8 @@ def _image_files(path):
 def main(arguments=None):
     """Run ``rsd``; errors that `rsdlib` names end in one line and a documented exit code.
 
-    Exit codes: 0 done, 1 a notebook failed, 2 wrong usage or parameter, 3 refused input, 138 the kernel died.
+    Exit codes: 0 done, 1 a notebook failed, 2 wrong usage or parameter, 3 refused input, 130 interrupted,
+    138 the kernel died.
     """
     commands = {"run": run, "reproduce": reproduce, "predict": predict}
     try:

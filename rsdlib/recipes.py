@@ -142,8 +142,9 @@ class Recipe:
     head: HeadConfig
     words: tuple = ()  # the vocabulary; empty without vocabulary head
     prepared: str = ""  # key of the prompts and their split
-    images: str = ""  # key of the pixels
     seed: int = 0
+    images: str = ""  # key of the pixels
+    start: str = ""  # key of the starting weights: a pretrained file may change under its name
 
     def build(self):
         """Return the model with its starting weights, a function of the recipe alone."""
@@ -199,12 +200,13 @@ def train(profile, backbone, prepared, *, weight=None, head=None, on_bad="error"
         heads = HeadConfig(weight=0.0, huber=heads.huber)
     settings = profile.training(backbone, **changes)
     words = prepared.vocabulary.words if heads.weight else ()
-    store = prepared.images(image_size(profile, backbone), on_bad)
-    recipe = Recipe(profile.backbone(backbone), heads, words, prepared.key, store.key, settings.seed)
+    recipe = Recipe(profile.backbone(backbone), heads, words, prepared.key, settings.seed)
+    model = recipe.build()
+    store = prepared.images(model.backbone.image_size, on_bad)
+    recipe = dataclasses.replace(recipe, images=store.key, start=training.weights_key(model))
     fixed = {setting: value for setting, value in as_dict(settings).items() if setting not in settings.free}
     name = f"{slug(backbone)}-{'mlc' if words else 'vanilla'}"
     folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), fixed], 8)}"
-    model = recipe.build()
     rows = {split: (found := prepared.rows(split))[store.ok[found]] for split in ("train", "val")}
     pairs = training.PairData(store, prepared.targets, prepared.labels if words else None, len(words), **rows)
     runtime.log(f"{name}: {len(rows['train'])} training pairs, {settings.epochs} epochs -> {runtime.relative(folder)}")

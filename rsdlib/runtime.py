@@ -160,11 +160,12 @@ def write_parquet(path, frame):
         frame.to_parquet(temporary, index=False)
 
 
-def _sha256(arrays):
+def checksum(arrays):
+    """Return the SHA-256 of named arrays: names, types, shapes and bytes."""
     total = hashlib.sha256()
     for name in sorted(arrays):
         total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        total.update(memoryview(arrays[name]).cast("B") if arrays[name].size else b"")
+        total.update(memoryview(np.asarray(arrays[name], order="C")).cast("B") if arrays[name].size else b"")
     return total.hexdigest()
 
 
@@ -182,7 +183,7 @@ def save_arrays(path, arrays, meta=None):
 
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # One key: safetensors writes several in a random order, and equal contents shall be equal bytes.
-    header = json.dumps({"sha256": _sha256(arrays), "meta": meta or {}}, sort_keys=True)
+    header = json.dumps({"sha256": checksum(arrays), "meta": meta or {}}, sort_keys=True)
     with atomic_path(path) as temporary:
         save_file(arrays, temporary, metadata={"rsdlib": header})
 
@@ -237,7 +238,7 @@ def load_arrays(path, *, verify=True):
         raise CacheError(f"{relative(path)} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(f"its header cannot be read ({error})") from error
-    if verify and _sha256(arrays) != info.get("sha256"):
+    if verify and checksum(arrays) != info.get("sha256"):
         raise damaged("its bytes do not match its checksum")
     return arrays, meta
 

@@ -491,6 +491,11 @@ def _differences(a, b, prefix=""):
 # --- weights and predictions ------------------------------------------------------------------------------------------------
 
 
+def weights_key(model):
+    """Return a key that changes with any weight of the model."""
+    return runtime.checksum(_to_numpy(model.state_dict()))[:16]
+
+
 def _to_numpy(tensors):
     return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
 

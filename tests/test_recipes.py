@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from rsdlib import config, plots, predict, prompts, recipes, runtime
@@ -97,6 +98,26 @@ def test_other_pixels_are_another_run(source, tmp_path):
     second = recipes.train(profile, "vit", recipes.prepare(profile.data), epochs=1)
     assert first != second
     assert recipes.prepare(profile.data).key == recipes.prepare(settings(source).data).key  # the prompts are the same
+
+
+def test_other_starting_weights_are_another_run(source, tmp_path):
+    """A pretrained encoder that was trained again lies under the same path: never its predecessor's scores."""
+    import timm
+
+    profile = settings(source)
+    prepared = recipes.prepare(profile.data)
+    options = profile.backbone("vit").options
+    facts = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    runtime.write_json(tmp_path / "config.json", {**facts, "model_args": options})
+    own = dataclasses.replace(profile, backbones={"own": config.BackboneConfig("timm", str(tmp_path), image_size=64)})
+    folders = []
+    for scale in (1.0, 1.0, 0.5):
+        torch.manual_seed(0)
+        body = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
+        weights = {name: value.numpy() * np.float32(scale) for name, value in body.state_dict().items()}
+        runtime.save_arrays(tmp_path / "model.safetensors", weights)
+        folders.append(recipes.train(own, "own", prepared, epochs=1))
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_what_a_rule_reads_is_in_the_key(source, tmp_path):
