@@ -10,10 +10,14 @@ __version__ = "0.1.0"
 
 _MODULES = (
     "backbones",
+    "captioning",
     "cli",
     "config",
+    "curriculum",
     "data",
+    "diffusion",
     "errors",
+    "judge",
     "losses",
     "metrics",
     "model",
@@ -24,7 +28,9 @@ _MODULES = (
     "registry",
     "retrieval",
     "runtime",
+    "swap",
     "training",
+    "unet",
 )
 __all__ = ["Predictor", *_MODULES]
 

@@ -108,7 +108,7 @@ class DataConfig(_Checked):
 class BackboneConfig(_Checked):
     """An encoder: which library builds it, from which weights, and how it is fed and run."""
 
-    library: str  # a builder in `rsdlib.backbones`: "timm"
+    library: str  # a builder in `rsdlib.backbones`: "timm", "open_clip" or "diffusers"
     model: str  # the library's name, a name in `rsdlib.registry`, or a folder that holds the model
     pretrained: bool = True
     options: dict = field(default_factory=dict)  # handed to the library's constructor
@@ -125,6 +125,33 @@ class HeadConfig(_Checked):
     weight: float = 0.1  # the paper's lambda; 0 trains without the vocabulary head
     huber: float = 0.0  # weight of the authors' optional Huber term on the embeddings
     _ranges: typing.ClassVar[dict] = {"weight": (0, None), "huber": (0, None)}
+
+
+@dataclass(frozen=True)
+class CurriculumConfig(_Checked):
+    """In which order, how sharp or how fast a model learns; see `rsdlib.curriculum`."""
+
+    name: str = "none"  # "none", "ours" (the paper's), "cbs" or "lerac"
+    stages: int = 3  # ours: easy, medium, hard
+    equal: str = "epochs"  # ours: as many "epochs" as without curriculum, or as many "steps"
+    sigma: float = 1.0  # CBS: first standard deviation of the blur
+    decay: float = 0.5  # CBS: sigma's factor at each fall
+    falls: int = 8  # CBS: number of falls
+    lowest: float = 1e-3  # LeRaC: first rate of the last layer, as a share
+    until: float = 0.3  # LeRaC: share of the steps after which all layers are equally fast
+    _ranges: typing.ClassVar[dict] = {
+        "stages": (1, 100),
+        "sigma": (0, 10),
+        "decay": (0, 1),
+        "falls": (1, None),
+        "lowest": (1e-12, 1),
+        "until": (0, 1),
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.name not in ("none", "ours", "cbs", "lerac"):
+            raise ConfigError(f"curriculum {self.name!r} is unknown", "Use 'none', 'ours', 'cbs' or 'lerac'.")
 
 
 @dataclass(frozen=True)
@@ -169,6 +196,8 @@ class Profile(_Checked):
     train: TrainConfig
     train_overrides: dict = field(default_factory=dict)  # backbone -> what it trains with instead
     head: HeadConfig = field(default_factory=HeadConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    generator: str = ""  # the diffusion model that made the data: a folder or a name in `rsdlib.registry`; empty: unknown
     figures: str = ""  # where `rsd reproduce` puts the figures; empty: below runs
 
     def backbone(self, name):
@@ -185,6 +214,7 @@ class Profile(_Checked):
 
 
 _SMOKE_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+_SMOKE_SWIN = {"img_size": 64, "patch_size": 4, "window_size": 8, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)}
 _MINI_DATA = DataConfig(
     source="data/mini/diffusiondb",
     clean=CleanConfig(images_per_prompt=4),
@@ -198,14 +228,27 @@ PROFILES = {
     "smoke": Profile(
         name="smoke",
         data=replace(_MINI_DATA, limit=384, vocabulary_size=32, val_fraction=0.17, test_fraction=0.17),
-        backbones={"vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, _SMOKE_VIT, 64)},
+        backbones={
+            "vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, _SMOKE_VIT, 64),
+            "swin": BackboneConfig("timm", "swinv2_tiny_window8_256", False, _SMOKE_SWIN, 64),
+            "clip": BackboneConfig("open_clip", "data/mini/clip"),
+            "clip-mlp": BackboneConfig("open_clip", "data/mini/clip", options={"mlp": [64, 64]}),
+            "unet": BackboneConfig("diffusers", "data/mini/stable-diffusion"),
+        },
         train=TrainConfig(epochs=2, batch_size=32, lr=1e-3, warmup=0.1),
     ),
     # Minutes on two cores, offline: the default.
     "mini": Profile(
         name="mini",
         data=_MINI_DATA,
-        backbones={"vit": BackboneConfig("timm", "data/mini/vit", image_size=64)},
+        backbones={
+            "vit": BackboneConfig("timm", "data/mini/vit", image_size=64),
+            "swin": BackboneConfig("timm", "data/mini/swin", image_size=64),
+            "clip": BackboneConfig("open_clip", "data/mini/clip"),
+            "clip-mlp": BackboneConfig("open_clip", "data/mini/clip", options={"mlp": [512, 512]}),
+            "unet": BackboneConfig("diffusers", "data/mini/stable-diffusion"),
+        },
+        generator="data/mini/stable-diffusion",
         figures="figures",
         train=TrainConfig(epochs=8, batch_size=32, lr=1e-3, warmup=0.1, weight_decay=0.05, save_every=50),
     ),
@@ -213,8 +256,18 @@ PROFILES = {
     "paper": Profile(
         name="paper",
         data=DataConfig(source="data/diffusiondb"),
-        backbones={"vit": BackboneConfig("timm", "vit_base_patch16_224.augreg_in21k_ft_in1k", image_size=224)},
+        backbones={
+            "vit": BackboneConfig("timm", "vit_base_patch16_224.augreg_in21k_ft_in1k", image_size=224),
+            "swin": BackboneConfig(
+                "timm", "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k", image_size=256, gradient_checkpointing=True
+            ),
+            "clip": BackboneConfig("open_clip", "ViT-H-14", image_size=224, gradient_checkpointing=True),
+            "clip-mlp": BackboneConfig("open_clip", "ViT-H-14", options={"mlp": [8192, 8192]}, image_size=224),
+            "unet": BackboneConfig("diffusers", "stable-diffusion-2-base", image_size=512, gradient_checkpointing=True),
+        },
+        generator="stable-diffusion-v1-4",
         train=TrainConfig(save_every=2000, log_every=100),
+        train_overrides={"clip": {"lr": 5e-6}},
     ),
 }
 
@@ -238,4 +291,6 @@ def profile(name, source=None, **changes):
     cleaning = {f.name for f in dataclasses.fields(CleanConfig)} & changes.keys()
     clean = replace(chosen.data.clean, **{setting: changes.pop(setting) for setting in cleaning})
     data = replace(chosen.data, clean=clean, **changes)
-    return replace(chosen, data=replace(data, source=source) if source else data)
+    if source:  # who made other data is not known
+        return replace(chosen, data=replace(data, source=source), generator="")
+    return replace(chosen, data=data)

