@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce test slow lab lint bench renders clean
+.PHONY: help reproduce test slow lab lint bench mini-world clean
 
 help:
 	@echo "make reproduce  run every notebook at the default size (PROFILE=smoke|mini|paper)"
 	@echo "make test       the test suite        make slow   the tests that need minutes"
 	@echo "make lab        JupyterLab            make lint   ruff and nbstripout"
-	@echo "make bench      the benchmarks        make renders  draw the default data again"
+	@echo "make bench      the benchmarks        make mini-world  train and sample the mini world again (hours)"
 
 # uv installs in seconds where the index has it; plain pip does the same slowly.
 $(READY): pyproject.toml
@@ -41,8 +41,19 @@ lint: $(READY)
 bench: $(READY)
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-renders: $(READY)
-	$(BIN)/python data/mini/build/make_renders.py
+# Everything below data/mini, in the order of what needs what; a step that is done is not done again. Needs npm once, for the sprites.
+WORLD := data/mini/build
+mini-world: $(READY)
+	$(BIN)/python $(WORLD)/train_autoencoder.py
+	$(BIN)/python $(WORLD)/train_clip.py
+	$(BIN)/python $(WORLD)/train_unet.py
+	$(BIN)/python $(WORLD)/train_encoder.py vit
+	$(BIN)/python $(WORLD)/train_encoder.py swin
+	$(BIN)/python $(WORLD)/train_blip.py
+	$(BIN)/python $(WORLD)/train_judge.py
+	$(BIN)/python $(WORLD)/sample_dataset.py
+	$(BIN)/python $(WORLD)/measure.py
+	$(BIN)/python $(WORLD)/contact_sheet.py
 
 clean:
 	rm -rf $(VENV) data/cache

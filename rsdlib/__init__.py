@@ -14,8 +14,10 @@ _MODULES = (
     "cli",
     "config",
     "curriculum",
+    "dakl",
     "data",
     "diffusion",
+    "ensemble",
     "errors",
     "judge",
     "losses",
@@ -29,6 +31,7 @@ _MODULES = (
     "retrieval",
     "runtime",
     "swap",
+    "tables",
     "training",
     "unet",
 )

@@ -1,14 +1,17 @@
 """Image encoders, each with the preprocessing it was trained with: uint8 images in, features out.
 
-Some are frozen in part: their ``front`` maps images to what is computed once and stored (`rsdlib.data.FeatureStore`), and the
-encoder reads that in place of images.
+Some are frozen in part: their ``front`` maps images to what is computed once and stored (`FeatureStore`), and the encoder reads
+that in place of images.
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import nn
 
-from rsdlib import registry, runtime
-from rsdlib.errors import ModelNotFoundError
+from rsdlib import data, registry, runtime, training
+from rsdlib.errors import ConfigError, ModelNotFoundError
 
 
 class Encoder(nn.Module):
@@ -31,40 +34,12 @@ class Encoder(nn.Module):
     def __init__(self, body, features, image_size, mean, std):
         super().__init__()
         self.body, self.features, self.image_size = body, features, image_size
-        # More than the patches' projection: such networks are not faster in bf16 on a CPU.
-        self.convolutional = sum(isinstance(module, nn.Conv2d) for module in body.modules()) > 1
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, images):
         """Map uint8 images (b, 3, s, s) to features (b, p)."""
         return self.body((images.float() - self.mean) / self.std)
-
-
-class Frozen:
-    """Frozen front: a whole encoder whose features are computed once and stored.
-
-    Parameters
-    ----------
-    encoder : Encoder
-    """
-
-    def __init__(self, encoder):
-        self.encoder = encoder.eval().requires_grad_(False)
-
-    @property
-    def key(self):
-        """Changes with any weight of the encoder."""
-        return "frozen-" + runtime.checksum({name: value.cpu().numpy() for name, value in self.encoder.state_dict().items()})[:16]
-
-    def to(self, device):
-        """Move to a device."""
-        self.encoder.to(device)
-        return self
-
-    def __call__(self, images):
-        """Map uint8 images (b, 3, s, s) to features (b, p)."""
-        return self.encoder(images)
 
 
 class Perceptron(nn.Module):
@@ -79,8 +54,6 @@ class Perceptron(nn.Module):
     dropout : float
     """
 
-    convolutional = False
-
     def __init__(self, encoder, widths, dropout=0.5):
         super().__init__()
         layers, last = [], encoder.features
@@ -88,11 +61,70 @@ class Perceptron(nn.Module):
             layers += [nn.Linear(last, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(dropout)]
             last = width
         self.body, self.features, self.image_size = nn.Sequential(*layers), last, encoder.image_size
-        object.__setattr__(self, "front", Frozen(encoder))
+        object.__setattr__(self, "front", encoder.eval().requires_grad_(False))  # no part of this module
 
     def forward(self, features):
         """Map stored features (b, p) to features (b, last width)."""
         return self.body(features.float())
+
+
+class FeatureStore:
+    """What a frozen network makes of stored images: computed once, in shards, memory-mapped. Made by `build`.
+
+    Attributes
+    ----------
+    ok : ndarray of shape (n,), bool
+        Which rows have features: those with an image.
+    bad : pandas.DataFrame
+        The other rows, as the images' store lists them.
+    key : str
+        Changes with any image and any weight of the network.
+    """
+
+    def __init__(self, store, shards, key):
+        self.ok, self.bad, self.key = store.ok, store.bad, key
+        self._shards = shards  # each (k, ...), float16
+        self._place = np.cumsum(self.ok) - 1  # (n,): which of the rows with an image
+
+    @classmethod
+    def build(cls, store, front, folder=None, device="auto"):
+        """Compute what is not yet stored; a build that is stopped goes on at the first shard it lacks.
+
+        Parameters
+        ----------
+        store : rsdlib.data.ImageStore
+        front : nn.Module
+            Maps uint8 images (b, 3, s, s) to a tensor (b, ...).
+        folder : path-like, optional
+            Where shards lie; ``data/cache/features`` by default. Can be deleted at any time.
+        device : str
+
+        Returns
+        -------
+        FeatureStore
+        """
+        folder = Path(folder or runtime.cache_dir() / "features")
+        key, rows = runtime.digest([training.weights_key(front), store.key]), np.flatnonzero(store.ok)
+        shards = []
+        for number, start in enumerate(starts := range(0, len(rows), _SHARD)):
+            part, note = rows[start : start + _SHARD], f"computing features, shard {number + 1} of {len(starts)}"
+
+            def compute(part=part, note=note):
+                return {"features": training.apply(front, store, part, device=device, description=note).astype(np.float16)}
+
+            shards.append(runtime.cached_arrays(folder / f"{key}-{number:05d}.safetensors", compute)["features"])
+        return cls(store, shards, key)
+
+    def batch(self, indices):
+        """Gather features (b, ...), float32."""
+        places = self._place[data.rows_with_image(self, indices)]
+        return np.stack([self._shards[place // _SHARD][place % _SHARD] for place in places.tolist()]).astype(np.float32)
+
+    def __len__(self):
+        return len(self.ok)
+
+
+_SHARD = 1000  # rows
 
 
 def create(config):
@@ -101,22 +133,33 @@ def create(config):
     Returns
     -------
     Encoder
+
+    Raises
+    ------
+    ModelNotFoundError
+        There is no such model, or its weights are nowhere.
+    ConfigError
+        A part that is to be frozen does not exist.
     """
-    return _BUILDERS[config.library](config)
+    if config.library not in _BUILDERS:
+        raise ConfigError(f"no image encoder comes from {config.library!r}", f"Known: {', '.join(_BUILDERS)}.")
+    encoder = _BUILDERS[config.library](config)
+    for part in config.frozen:
+        weights = [weight for name, weight in encoder.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        if not weights:
+            raise ConfigError(
+                f"{config.model} has no part {part!r} to freeze",
+                f"Parts are {', '.join(name for name, _ in encoder.named_children())}.",
+            )
+        for weight in weights:
+            weight.requires_grad_(False)
+    return encoder
 
 
 def _timm(config):
     timm = runtime.require("timm")
-    name = config.model
-    folder = runtime.resolve_path(name)
-    if (folder / "config.json").is_file():
-        name = f"local-dir:{folder}"
-    elif config.pretrained and name in registry.MODELS:
-        name = f"local-dir:{registry.locate(name)}"
-    elif config.pretrained and registry.override(name):
-        name = f"local-dir:{registry.override(name)}"
     try:
-        body = timm.create_model(name, pretrained=config.pretrained, num_classes=0, **config.options)
+        body = timm.create_model(_named(config, "config.json"), pretrained=config.pretrained, num_classes=0, **config.options)
     except (RuntimeError, ValueError, OSError) as error:
         raise ModelNotFoundError(
             f"timm cannot build {config.model!r} (pretrained={config.pretrained}): {str(error).splitlines()[0]}",
@@ -139,7 +182,7 @@ def clip_pair(config):
     """
     open_clip = runtime.require("open_clip", "open_clip_torch")
     clip = _clip(config)
-    tokenizer = open_clip.get_tokenizer(_open_clip_name(config))
+    tokenizer = open_clip.get_tokenizer(_named(config, "open_clip_config.json"))
 
     def read(texts, batch_size=256):
         with torch.inference_mode():
@@ -161,7 +204,7 @@ def _clip(config):
     open_clip = runtime.require("open_clip", "open_clip_torch")
     options = {name: value for name, value in config.options.items() if name not in ("mlp", "dropout")}
     try:
-        return open_clip.create_model(_open_clip_name(config), load_weights=config.pretrained, **options)
+        return open_clip.create_model(_named(config, "open_clip_config.json"), load_weights=config.pretrained, **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise ModelNotFoundError(
             f"open_clip cannot build {config.model!r} (pretrained={config.pretrained}): {str(error).splitlines()[0]}",
@@ -179,13 +222,10 @@ def _image_tower(clip, config):
     return Encoder(clip.visual, clip.visual.output_dim, size, colours["mean"], colours["std"])
 
 
-def _open_clip_name(config):
-    folder = runtime.resolve_path(config.model)
-    if (folder / "open_clip_config.json").is_file():
-        return f"local-dir:{folder}"
-    if config.pretrained and (config.model in registry.MODELS or registry.override(config.model)):
-        return f"local-dir:{registry.override(config.model) or registry.locate(config.model)}"
-    return config.model
+def _named(config, marker):
+    """Return a model's name as timm and open_clip take it: their own, or that of a folder."""
+    folder = registry.find(config.model, marker, fetch=config.pretrained)
+    return config.model if folder is None else f"local-dir:{folder}"
 
 
 def _diffusers(config):

@@ -1,5 +1,6 @@
 """From the image back to words: the nearest training prompt, and BLIP fine-tuned on prompts (supplementary, section 3)."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class Captioner(nn.Module):
         Of the pixels in [0, 1], as the image encoder expects them.
     """
 
-    convolutional = False
+    front = None
 
     def __init__(self, blip, tokenizer, vocabulary_size=0, mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()
@@ -109,40 +110,7 @@ class CaptionObjective:
         return loss, torch.exp(-losses.detach().sum(1) / counts.sum(1))
 
 
-@dataclass(frozen=True)
-class Captions:
-    """Images and their captions' tokens by row, as `rsdlib.training.fit` reads them.
-
-    Attributes
-    ----------
-    inputs : ImageStore
-    tokens : ndarray (n, l), int64
-    labels : ndarray (n, ceil(m / 8)), uint8, or None
-        Packed vocabulary labels.
-    vocabulary_size : int
-    train, val : ndarray of int
-        Rows.
-    """
-
-    inputs: object
-    tokens: np.ndarray
-    labels: np.ndarray | None
-    vocabulary_size: int
-    train: np.ndarray
-    val: np.ndarray
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def batch(self, indices):
-        """Return tensors: input (b, 3, s, s), target (b, l), labels (b, m)."""
-        batch = {"input": torch.from_numpy(self.inputs.batch(indices)), "target": torch.from_numpy(self.tokens[indices])}
-        if self.labels is not None:
-            batch["labels"] = torch.from_numpy(np.unpackbits(self.labels[indices], axis=1, count=self.vocabulary_size))
-        return batch
-
-
-def open_captioner(name, vocabulary_size=0):
+def open_captioner(name, vocabulary_size=0, pretrained=True):
     """Open a BLIP captioner with its tokenizer and colours.
 
     Parameters
@@ -150,18 +118,21 @@ def open_captioner(name, vocabulary_size=0):
     name : str
         A folder in transformers' format, or a name in `rsdlib.registry`.
     vocabulary_size : int
+    pretrained : bool
+        False draws random weights.
 
     Returns
     -------
     Captioner
     """
-    from transformers import BlipForConditionalGeneration, BlipProcessor
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
 
-    folder = runtime.resolve_path(name)
-    if not (folder / "config.json").is_file():
-        folder = registry.override(name) or registry.locate(name)
+    folder = registry.find(name, "config.json") or registry.locate(name)
     try:
-        blip = BlipForConditionalGeneration.from_pretrained(folder).float()
+        if pretrained:
+            blip = BlipForConditionalGeneration.from_pretrained(folder).float()
+        else:
+            blip = BlipForConditionalGeneration(BlipConfig.from_pretrained(folder))
         processor = BlipProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
@@ -189,6 +160,21 @@ def caption_all(model, inputs, rows, beams=1, device="auto", batch_size=64):
             images = torch.from_numpy(inputs.batch(rows[start : start + batch_size])).to(on)
             found += model.caption(images, beams)
     return found
+
+
+def shows(caption, thing):
+    """Tell whether a caption names a thing, in the singular or the plural.
+
+    Parameters
+    ----------
+    caption : str
+    thing : str
+        One or more words, in the singular.
+    """
+    from textblob.en.inflect import singularize
+
+    words = re.findall(r"[a-z]+", caption.lower())
+    return set(thing.lower().split()) <= {*words, *map(singularize, words)}
 
 
 def nearest_prompts(embeddings, bank, prompts):

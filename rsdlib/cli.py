@@ -46,7 +46,7 @@ def find_notebook(name):
     raise ConfigError(f"there is no notebook {name!r}", f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}.")
 
 
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "None": type(None)}
 
 
 def check_parameters(path, parameters):
@@ -233,12 +233,31 @@ def _new_files(since):
     return [runtime.relative(path) for path in sorted(files) if path.stat().st_mtime >= since]
 
 
+def tables(profile: Literal["smoke", "mini", "paper"] = "mini", write: Path | None = None):
+    """Show the paper's five tables, ours beside the paper's numbers, from the stored results.
+
+    Args:
+        profile: whose results.
+        write: put them into this Markdown file, between its two marks.
+    """
+    from rsdlib import recipes, tables
+
+    chosen = config.profile(profile)
+    found = tables.collect(chosen.figures or recipes.prepare(chosen.data).figures(chosen))
+    if write is None:
+        print(tables.markdown(found))
+        return
+    runtime.write_text(write, tables.insert(write.read_text(encoding="utf-8"), found))
+    runtime.log(f"tables: {write}")
+
+
 def predict(
     images: tuple[str, ...],
     /,
     run: str | None = None,
     profile: str = "mini",
-    format: Literal["text", "json"] = "text",
+    captions: bool = False,
+    format: Literal["text", "json", "csv"] = "text",
     device: str = "auto",
     on_bad: Literal["error", "skip"] = "error",
 ):
@@ -248,7 +267,8 @@ def predict(
         images: image files, or folders of them.
         run: a run folder; default: the last one trained.
         profile: where to look for it.
-        format: text to read, or JSON with the embeddings.
+        captions: let the captioner that was trained last describe the images too.
+        format: text to read, JSON with the embeddings, or CSV without them.
         device: auto, cpu or cuda.
         on_bad: what to do about files that are no readable image: stop, or leave them out and say so.
     """
@@ -259,17 +279,25 @@ def predict(
     with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to the standard output
         files = [file for image in images for file in _image_files(Path(image))]
         folder = run or latest_run(config.profile(profile).name)
-        predictor = Predictor.load(folder, device)
+        captioner = latest_run(config.profile(profile).name, captions=True) if captions else None
+        predictor = Predictor.load(folder, device, captioner)
         if on_bad == "skip":
             files = [file for file in files if _readable(file)]
         found = predictor.predict(files)
+    said = found.captions or [None] * len(files)
+    if format == "csv":
+        print(found.table(files).to_csv(index=False), end="")
+        return
     if format == "json":
-        rows = zip(files, found.embeddings.tolist(), found.words, found.prompts, strict=True)
-        print(json.dumps([{"image": str(f), "embedding": e, "words": w, "prompts": p} for f, e, w, p in rows]))
+        rows = zip(files, found.embeddings.tolist(), found.words, found.prompts, said, strict=True)
+        keys = ("embedding", "words", "prompts", *(["caption"] if captions else []))
+        print(json.dumps([{"image": str(file), **dict(zip(keys, row, strict=False))} for file, *row in rows]))
         return
     print(f"model: {runtime.relative(folder)}")
-    for file, words, prompts in zip(files, found.words, found.prompts, strict=True):
+    for file, words, prompts, caption in zip(files, found.words, found.prompts, said, strict=True):
         print(f"\n{file}")
+        if captions:
+            print(f"  caption  {caption}")
         if words:
             print("  words    " + ", ".join(f"{word} {probability:.2f}" for word, probability in words))
         for prompt, similarity in prompts:
@@ -306,7 +334,7 @@ def main(arguments=None):
     Exit codes: 0 done, 1 a notebook failed, 2 wrong usage or parameter, 3 refused input, 130 interrupted,
     138 the kernel died.
     """
-    commands = {"run": run, "reproduce": reproduce, "predict": predict}
+    commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="rsd", args=arguments, config=(tyro.conf.UseAppendAction,))
     except ConfigError as error:

@@ -108,12 +108,13 @@ class DataConfig(_Checked):
 class BackboneConfig(_Checked):
     """An encoder: which library builds it, from which weights, and how it is fed and run."""
 
-    library: str  # a builder in `rsdlib.backbones`: "timm", "open_clip" or "diffusers"
+    library: str  # a builder in `rsdlib.backbones`: "timm", "open_clip" or "diffusers"; or "blip", the captioner
     model: str  # the library's name, a name in `rsdlib.registry`, or a folder that holds the model
     pretrained: bool = True
     options: dict = field(default_factory=dict)  # handed to the library's constructor
     image_size: int | None = None  # pixels a side; None takes the size the weights were trained with
     gradient_checkpointing: bool = False
+    frozen: list = field(default_factory=list)  # names of the encoder's parts that keep their weights, such as "unet.conv_in"
     _ranges: typing.ClassVar[dict] = {"image_size": (8, 2048)}
 
 
@@ -124,6 +125,7 @@ class HeadConfig(_Checked):
     head: str = "sequential"  # "separate", "concat" or "sequential"
     weight: float = 0.1  # the paper's lambda; 0 trains without the vocabulary head
     huber: float = 0.0  # weight of the authors' optional Huber term on the embeddings
+    probe: bool = False  # start the embedding head at the ridge regression on the backbone's features as they came
     _ranges: typing.ClassVar[dict] = {"weight": (0, None), "huber": (0, None)}
 
 
@@ -197,6 +199,7 @@ class Profile(_Checked):
     train_overrides: dict = field(default_factory=dict)  # backbone -> what it trains with instead
     head: HeadConfig = field(default_factory=HeadConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    clusters: tuple = (1000, 5000, 10_000)  # numbers r of k-means centroids that DAKL is tried with
     generator: str = ""  # the diffusion model that made the data: a folder or a name in `rsdlib.registry`; empty: unknown
     figures: str = ""  # where `rsd reproduce` puts the figures; empty: below runs
 
@@ -234,7 +237,10 @@ PROFILES = {
             "clip": BackboneConfig("open_clip", "data/mini/clip"),
             "clip-mlp": BackboneConfig("open_clip", "data/mini/clip", options={"mlp": [64, 64]}),
             "unet": BackboneConfig("diffusers", "data/mini/stable-diffusion"),
+            "blip": BackboneConfig("blip", "data/mini/blip"),
         },
+        generator="data/mini/stable-diffusion",
+        clusters=(4, 8, 16),
         train=TrainConfig(epochs=2, batch_size=32, lr=1e-3, warmup=0.1),
     ),
     # Minutes on two cores, offline: the default.
@@ -247,10 +253,13 @@ PROFILES = {
             "clip": BackboneConfig("open_clip", "data/mini/clip"),
             "clip-mlp": BackboneConfig("open_clip", "data/mini/clip", options={"mlp": [512, 512]}),
             "unet": BackboneConfig("diffusers", "data/mini/stable-diffusion"),
+            "blip": BackboneConfig("blip", "data/mini/blip"),
         },
         generator="data/mini/stable-diffusion",
+        clusters=(30, 100, 300),
         figures="figures",
-        train=TrainConfig(epochs=8, batch_size=32, lr=1e-3, warmup=0.1, weight_decay=0.05, save_every=50),
+        train=TrainConfig(epochs=3, batch_size=32, lr=3e-4, warmup=0.1, weight_decay=0.05, save_every=50),
+        head=HeadConfig(probe=True),
     ),
     # DiffusionDB and the real weights, on GPUs: the paper's settings (supplementary, section 7).
     "paper": Profile(
@@ -264,10 +273,11 @@ PROFILES = {
             "clip": BackboneConfig("open_clip", "ViT-H-14", image_size=224, gradient_checkpointing=True),
             "clip-mlp": BackboneConfig("open_clip", "ViT-H-14", options={"mlp": [8192, 8192]}, image_size=224),
             "unet": BackboneConfig("diffusers", "stable-diffusion-2-base", image_size=512, gradient_checkpointing=True),
+            "blip": BackboneConfig("blip", "blip-image-captioning-large"),
         },
         generator="stable-diffusion-v1-4",
         train=TrainConfig(save_every=2000, log_every=100),
-        train_overrides={"clip": {"lr": 5e-6}},
+        train_overrides={"clip": {"lr": 5e-6}, "blip": {"lr": 1e-5}},
     ),
 }
 

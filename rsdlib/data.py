@@ -554,13 +554,7 @@ class ImageStore:
         ndarray of shape (b, 3, size, size), uint8
             A fresh copy.
         """
-        indices = np.asarray(indices)
-        if indices.ndim != 1 or (indices.dtype.kind not in "iu" and indices.size):
-            raise BadValueError(f"indices are {indices.dtype} of shape {indices.shape}, not a row of whole numbers")
-        indices = indices.astype(np.int64)
-        if not self.ok[indices].all():
-            row = indices[~self.ok[indices]][0]
-            raise BadValueError(f"row {row} has no image: it is listed in the store's `bad`", "Choose rows by the store's `ok`.")
+        indices = rows_with_image(self, indices)
         images = np.empty((len(indices), 3, self.size, self.size), np.uint8)  # (b, 3, h, w)
         for image, shard, row in zip(images, self._shard[indices].tolist(), self._row[indices].tolist(), strict=True):
             image[...] = self._shards[shard][row]
@@ -573,78 +567,39 @@ class ImageStore:
         return self.batch([i])[0]
 
 
-class FeatureStore:
-    """What a frozen network makes of stored images: computed once, in shards, memory-mapped. Made by `build`.
+class Pictures:
+    """Images in memory, to be read like a store's: not checked, not kept.
 
-    Attributes
+    Parameters
     ----------
-    ok : ndarray of shape (n,), bool
-        Which rows have features: those with an image.
-    bad : pandas.DataFrame
-        The other rows, as the images' store lists them.
-    key : str
-        Changes with any image and any weight of the network.
+    images : sequence of PIL images, or of arrays (h, w, 3), uint8
+    size : int
+        Pixels a side.
     """
 
-    def __init__(self, store, shards, key):
-        self.ok, self.bad, self.key = store.ok, store.bad, key
-        self._shards = shards  # each (k, ...), float16
-        self._place = np.cumsum(self.ok) - 1  # (n,): which of the rows with an image
-
-    @classmethod
-    def build(cls, store, front, folder=None, device="auto", batch_size=256):
-        """Compute what is not yet stored; a build that is stopped goes on at the first shard it lacks.
-
-        Parameters
-        ----------
-        store : ImageStore
-        front : callable with ``key`` and ``to(device)``
-            Maps uint8 images (b, 3, s, s) to a tensor (b, ...).
-        folder : path-like, optional
-            Where shards lie; ``data/cache/features`` by default. Can be deleted at any time.
-        device : str
-        batch_size : int
-
-        Returns
-        -------
-        FeatureStore
-        """
-        folder, on = Path(folder or runtime.cache_dir() / "features"), runtime.device(device)
-        key, rows = runtime.digest([front.key, store.key]), np.flatnonzero(store.ok)
-        parts = [rows[start : start + _SHARD] for start in range(0, len(rows), _SHARD)]
-        paths = [folder / f"{key}-{number:05d}.safetensors" for number in range(len(parts))]
-        if not all(path.exists() for path in paths):
-            front.to(on)
-        work = runtime.track(zip(paths, parts, strict=True), "computing features, shards", len(parts))
-        shards = [
-            runtime.cached_arrays(path, lambda part=part: _features(store, front, part, on, batch_size))["features"]
-            for path, part in work
-        ]
-        return cls(store, shards, key)
+    def __init__(self, images, size):
+        images = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
+        self._pixels = np.stack([resize(image.convert("RGB"), size) for image in images])  # (n, 3, size, size)
+        self.ok = np.ones(len(images), bool)
 
     def batch(self, indices):
-        """Gather features (b, ...), float32."""
-        indices = np.asarray(indices)
-        if not self.ok[indices].all():
-            row = indices[~self.ok[indices]][0]
-            raise BadValueError(f"row {row} has no image: it is listed in the store's `bad`", "Choose rows by the store's `ok`.")
-        places = self._place[indices]
-        return np.stack([self._shards[place // _SHARD][place % _SHARD] for place in places.tolist()]).astype(np.float32)
+        """Gather images (b, 3, size, size), uint8."""
+        return self._pixels[rows_with_image(self, indices)]
 
     def __len__(self):
         return len(self.ok)
 
 
-def _features(store, front, rows, device, batch_size):
-    """Return the features of some images, in half precision."""
-    import torch
-
-    found = []
-    with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            images = torch.from_numpy(store.batch(rows[start : start + batch_size])).to(device)
-            found.append(front(images).half().cpu().numpy())
-    return {"features": np.concatenate(found)}
+def rows_with_image(store, indices):
+    """Return `indices` as int64 (b,), checked to be rows of `store` that have an image."""
+    indices = np.asarray(indices)
+    if indices.ndim != 1 or (indices.dtype.kind not in "iu" and indices.size):
+        raise BadValueError(f"indices are {indices.dtype} of shape {indices.shape}, not a row of whole numbers")
+    indices = indices.astype(np.int64)
+    if not store.ok[indices].all():
+        row = indices[~store.ok[indices]][0]
+        raise BadValueError(f"row {row} has no image: it is listed in the store's `bad`", "Choose rows by the store's `ok`.")
+    return indices
 
 
 def _group(places):

@@ -50,3 +50,27 @@ class PromptRegressor(nn.Module):
         if self.vocabulary_head is not None and self.arrangement == "sequential":
             logits = self.vocabulary_head(embedding)
         return F.normalize(embedding.float(), dim=1), logits
+
+    def probe(self, features, target, ridge=0.01):
+        """Start the embedding head at the ridge regression of targets on features: linear probing, then fine-tuning.
+
+        Differs from the paper: its head starts at random, and its training has a thousand times as many steps to mend the features
+        that the first, arbitrary gradients spoil (Kumar et al., 2022).
+
+        Parameters
+        ----------
+        features : Tensor (n, p)
+        target : Tensor (n, d)
+        ridge : float
+            Strength, as a share of the features' total variance.
+        """
+        features, target = features.double(), target.double()
+        centre, middle = features.mean(dim=0), target.mean(dim=0)
+        centred = features - centre
+        gram = centred.T @ centred
+        gram.diagonal().add_(ridge * len(features) * centred.var())
+        weight = torch.linalg.solve(gram, centred.T @ (target - middle)).T  # (d, p)
+        with torch.no_grad():
+            self.embedding_head.weight.zero_()  # what reads logits, in the arrangement "concat", starts silent
+            self.embedding_head.weight[:, : weight.shape[1]] = weight
+            self.embedding_head.bias.copy_(middle - weight @ centre)

@@ -4,6 +4,7 @@ import textwrap
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rsdlib import runtime
@@ -136,6 +137,20 @@ def plot_recall(ranks, candidates, *, ax=None):
     return ax
 
 
+def plot_counts(counts, *, xlabel, ylabel, ax=None):
+    """Draw how often each size of a count (n,) occurs, in bins that double (0, 1, 2 to 3, 4 to 7 and so on)."""
+    ax = _axes(ax)
+    counts = np.asarray(counts)
+    bins = np.where(counts > 0, np.floor(np.log2(np.maximum(counts, 1))).astype(int) + 1, 0)
+    sizes = np.bincount(bins)
+    ax.bar(np.arange(len(sizes)), sizes, color=COLOURS[0])
+    names = ["0", "1", *(f"{2**k}–{2 ** (k + 1) - 1}" for k in range(1, len(sizes)))][: len(sizes)]
+    ax.set_xticks(np.arange(len(sizes)), names)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    return ax
+
+
 def plot_agreement(a, b, x, y, *, ax=None):
     """Draw how two measurements of the same items (n,) agree, as a map of how many items lie where.
 
@@ -153,6 +168,138 @@ def plot_agreement(a, b, x, y, *, ax=None):
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     return ax
+
+
+def plot_maps(table, value, *, x, y, by):
+    """Draw a map of a figure over two settings, one for each value of a third; the best of all is framed.
+
+    Parameters
+    ----------
+    table : DataFrame
+        One row a combination, with the columns `value` (drawn), `x`, `y` and `by`.
+
+    Returns
+    -------
+    Figure
+    """
+    import seaborn
+
+    groups = list(table.groupby(by))
+    best = table.loc[table[value].idxmax()]
+    figure = Figure((0.8 + 3.6 * len(groups), 3.6), layout="constrained")
+    for ax, (name, some) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        grid = some.pivot(index=y, columns=x, values=value)
+        limits = {"vmin": table[value].quantile(0.1), "vmax": table[value].max()}
+        seaborn.heatmap(grid, ax=ax, annot=True, fmt=".3f", cmap="viridis", cbar=False, annot_kws={"fontsize": 7}, **limits)
+        if best[by] == name:
+            at = grid.columns.get_loc(best[x]), grid.index.get_loc(best[y])
+            ax.add_patch(Rectangle(at, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5))
+        ax.set_title(f"{by} = {name}")
+    return figure
+
+
+def plot_lines(lines, x, *, xlabel, ylabel, ax=None):
+    """Draw lines of estimates with their 95 % intervals over named places.
+
+    Parameters
+    ----------
+    lines : dict of str to list of dict
+        ``mean``, ``low`` and ``high`` for each place.
+    x : sequence of str
+        The places' names.
+    xlabel, ylabel : str
+    """
+    ax = _axes(ax)
+    places = np.arange(len(x))
+    for number, (name, estimates) in enumerate(lines.items()):
+        colour, shift = (
+            COLOURS[number % len(COLOURS)],
+            0.06 * (number - (len(lines) - 1) / 2),
+        )  # so that intervals do not hide each other
+        mean, low, high = (np.array([estimate[key] for estimate in estimates]) for key in ("mean", "low", "high"))
+        ax.errorbar(places + shift, mean, (mean - low, high - mean), fmt="o-", color=colour, markersize=4, capsize=2, label=name)
+    ax.set_xticks(places, x)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def plot_panels(panels, x, *, xlabel, columns=3):
+    """Draw one `plot_lines` for each quantity.
+
+    Parameters
+    ----------
+    panels : dict of str to dict
+        Quantity to what `plot_lines` draws.
+    x, xlabel
+        See `plot_lines`.
+
+    Returns
+    -------
+    Figure
+    """
+    rows = -(-len(panels) // columns)
+    figure = Figure((4.2 * min(columns, len(panels)), 3.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, min(columns, len(panels)), squeeze=False).ravel()
+    for ax, (name, lines) in zip(axes, panels.items(), strict=False):
+        plot_lines(lines, x, xlabel=xlabel, ylabel=name, ax=ax)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def plot_points(points, *, xlabel, ylabel, ax=None):
+    """Draw named points, each with the 95 % interval of its height.
+
+    Parameters
+    ----------
+    points : dict of str to (float, dict)
+        Place, and ``mean``, ``low``, ``high``.
+    xlabel, ylabel : str
+    """
+    ax = _axes(ax)
+    for number, (name, (x, found)) in enumerate(points.items()):
+        below, above = found["mean"] - found["low"], found["high"] - found["mean"]
+        ax.errorbar([x], [found["mean"]], [[below], [above]], fmt="o", color=COLOURS[number % len(COLOURS)], capsize=3)
+        ax.annotate(name, (x, found["mean"]), (7, 5), textcoords="offset points", fontsize=9)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.margins(x=0.15)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    return ax
+
+
+def plot_diagram(boxes, arrows, *, width=11.0, height=3.2):
+    """Draw boxes and arrows between them.
+
+    Parameters
+    ----------
+    boxes : dict of str to (float, float, str, int)
+        Name to place (0 to 1 from the left and from below), text, and number of a colour in `COLOURS`.
+    arrows : list of (str, str) or (str, str, str)
+        From box to box, and a text beside it.
+    width, height : float
+        Inches.
+
+    Returns
+    -------
+    Figure
+    """
+    figure = Figure((width, height))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(0, 1))
+    ax.set_axis_off()
+    drawn = {}
+    for name, (x, y, text, colour) in boxes.items():
+        style = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": COLOURS[colour], "linewidth": 1.8}
+        drawn[name] = ax.text(x, y, text, ha="center", va="center", fontsize=9, linespacing=1.4, bbox=style, zorder=2)
+    for start, end, *text in arrows:
+        (x0, y0, *_), (x1, y1, *_) = boxes[start], boxes[end]
+        how = {"arrowstyle": "-|>", "color": GREY, "patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        ax.annotate("", (x1, y1), (x0, y0), arrowprops={**how, "shrinkA": 2, "shrinkB": 2}, zorder=3)  # after the boxes are placed
+        if text:
+            ax.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.04, text[0], ha="center", fontsize=8, color=GREY)
+    return figure
 
 
 def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):

@@ -77,12 +77,14 @@ class Prepared:
 
     def inputs(self, encoder, on_bad="error", device="auto"):
         """Return what an encoder reads: the images, or what its frozen front makes of them, stored once."""
+        from rsdlib import backbones, training
+
         store = self.images(encoder.image_size, on_bad)
         if encoder.front is None:
             return store
-        key = (store.key, encoder.front.key)
+        key = (store.key, training.weights_key(encoder.front))
         if key not in self._stores:
-            self._stores[key] = data.FeatureStore.build(store, encoder.front, device=device)
+            self._stores[key] = backbones.FeatureStore.build(store, encoder.front, device=device)
         return self._stores[key]
 
     def figures(self, profile, folder=""):
@@ -158,15 +160,22 @@ class Recipe:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     difficulty: str = ""  # key of the difficulty that the paper's curriculum sorts by
 
+    @property
+    def captions(self):
+        """Whether the model answers in words: BLIP does."""
+        return self.backbone.library == "blip"
+
     def build(self):
         """Return the model with its starting weights, a function of the recipe alone."""
         import torch
 
-        from rsdlib import backbones
+        from rsdlib import backbones, captioning
         from rsdlib.model import PromptRegressor
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(runtime.torch_seed("weights", self.seed))
+            if self.captions:
+                return captioning.open_captioner(self.backbone.model, len(self.words), self.backbone.pretrained)
             return PromptRegressor(backbones.create(self.backbone), self.head.head, len(self.words))
 
     @classmethod
@@ -207,14 +216,19 @@ def train(profile, backbone, prepared, *, weight=None, head=None, curriculum=Non
     Path
         The run folder, ``runs/<profile>/<backbone>-<vanilla or mlc>[-<curriculum>]-<key>``.
     """
-    from rsdlib import training
+    import torch
+
+    from rsdlib import backbones, training
+    from rsdlib.captioning import CaptionObjective
     from rsdlib.curriculum import regime
     from rsdlib.losses import JointObjective
 
     asked = {name: value for name, value in (("weight", weight), ("head", head)) if value is not None}
     heads = replace(profile.head, **asked)
-    if not heads.weight:  # one vanilla run, whatever arrangement was asked for
-        heads = HeadConfig(weight=0.0, huber=heads.huber)
+    captions = profile.backbone(backbone).library == "blip"
+    if not heads.weight or captions:  # one vanilla run, whatever arrangement was asked for
+        own = {} if captions else {"huber": heads.huber, "probe": heads.probe}
+        heads = HeadConfig(weight=heads.weight, **own)
     settings = profile.training(backbone, **changes)
     words = prepared.vocabulary.words if heads.weight else ()
     if not isinstance(curriculum, CurriculumConfig):
@@ -225,7 +239,7 @@ def train(profile, backbone, prepared, *, weight=None, head=None, curriculum=Non
         before = training.load_run(before).difficulty
     recipe = Recipe(profile.backbone(backbone), heads, words, prepared.key, settings.seed)
     model = recipe.build()
-    store = prepared.inputs(model.backbone, on_bad, settings.device)
+    store = prepared.inputs(model if captions else model.backbone, on_bad, settings.device)
     made_by = {"images": store.key, "start": training.weights_key(model), "curriculum": curriculum}
     if before is not None:
         made_by["difficulty"] = runtime.digest(before.to_numpy().tolist())
@@ -234,15 +248,33 @@ def train(profile, backbone, prepared, *, weight=None, head=None, curriculum=Non
     name = f"{slug(backbone)}-{'mlc' if words else 'vanilla'}" + (f"-{curriculum.name}" if curriculum.name != "none" else "")
     folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), fixed], 8)}"
     rows = {split: (found := prepared.rows(split))[store.ok[found]] for split in ("train", "val")}
-    pairs = training.PairData(store, prepared.targets, prepared.labels if words else None, len(words), **rows)
+    targets = model.encode(prepared.pairs["prompt"]) if captions else prepared.targets
+    if heads.probe:
+        features = backbones.FeatureStore.build(store, model.backbone, device=settings.device).batch(rows["train"])
+        model.probe(torch.from_numpy(features), torch.from_numpy(np.asarray(targets[rows["train"]])))
+    pairs = training.PairData(store, targets, prepared.labels if words else None, len(words), **rows)
     runtime.log(f"{name}: {len(rows['train'])} training pairs, {settings.epochs} epochs -> {runtime.relative(folder)}")
-    objective = JointObjective(heads.weight, heads.huber)
+    objective = CaptionObjective(heads.weight) if captions else JointObjective(heads.weight, heads.huber)
     learning = regime(curriculum, rows["train"], settings.epochs, before)
     return training.fit(model, pairs, settings, folder, objective=objective, recipe=as_dict(recipe), **learning)
 
 
+def scenes(prepared):
+    """Return what each pair's prompt asks for and what the judge sees in its image, where the source tells: the mini world does.
+
+    Returns
+    -------
+    DataFrame or None
+        One row a pair, columns as in ``scenes.parquet`` (see data/README.md). None for other sources.
+    """
+    path = runtime.resolve_path(prepared.config.source) / "scenes.parquet"
+    if not path.is_file():
+        return None
+    return prepared.pairs[["id"]].merge(pd.read_parquet(path), left_on="id", right_on="image_name", how="left", validate="1:1")
+
+
 def known_causes(prepared):
-    """Return what is known about why a pair may be hard, where the data's source tells: the mini world does.
+    """Return what is known about why a pair may be hard, where the source tells.
 
     Parameters
     ----------
@@ -255,24 +287,33 @@ def known_causes(prepared):
         three of a kind), "left of" (an order), "not as asked" (the judge sees another thing, setting, medium or number). None for
         other sources.
     """
-    path = runtime.resolve_path(prepared.config.source) / "scenes.parquet"
-    if not path.is_file():
+    if (told := scenes(prepared)) is None:
         return None
-    scenes = prepared.pairs[["id"]].merge(pd.read_parquet(path), left_on="id", right_on="image_name", how="left", validate="1:1")
-    visible, relation = scenes["has_referent"].to_numpy(bool), scenes["relation"].to_numpy()
-    nouns = zip(scenes["nouns"], scenes["judged_nouns"], strict=True)
+    visible, relation = told["has_referent"].to_numpy(bool), told["relation"].to_numpy()
+    nouns = zip(told["nouns"], told["judged_nouns"], strict=True)
     same = np.array([set(asked) == set(judged) for asked, judged in nouns])
     for name in ("count", "setting", "medium"):
-        same &= scenes[name].to_numpy() == scenes[f"judged_{name}"].to_numpy()
+        same &= told[name].to_numpy() == told[f"judged_{name}"].to_numpy()
     return pd.DataFrame(
         {
             "nothing to see": ~visible,
-            "several things": visible & (scenes["count"].to_numpy() > 1),
+            "several things": visible & (told["count"].to_numpy() > 1),
             "a count": relation == "count",
             "left of": relation == "left of",
             "not as asked": visible & ~same,
         }
     )
+
+
+def about(prepared, seed):
+    """Return what every stored result says of itself: its data and their sizes, the seed, the machine."""
+    return {
+        "source": runtime.relative(runtime.resolve_path(prepared.config.source)),
+        "prepared": prepared.key,
+        "sizes": prepared.sizes().to_dict("records"),
+        "seed": seed,
+        "environment": runtime.environment(),
+    }
 
 
 def slug(backbone):
@@ -496,6 +537,36 @@ def predict_run(folder, prepared, store, split, device="auto"):
     return runtime.cached_arrays(Path(folder) / f"predictions-{split}.safetensors", predict, made_from)["embedding"]
 
 
+def captions(model, prepared, store, split, beams=1, device="auto"):
+    """Return a captioner's captions of a split, stored in the cache under the model's weights and the images.
+
+    Parameters
+    ----------
+    model : rsdlib.captioning.Captioner
+    prepared : Prepared
+    store : ImageStore
+        At the size that this captioner reads.
+    split : {"val", "test"}
+    beams : int
+        1 is greedy.
+
+    Returns
+    -------
+    list of str
+        One for each row of the split that has an image.
+    """
+    from rsdlib.captioning import caption_all
+    from rsdlib.training import weights_key
+
+    rows = prepared.rows(split)
+    rows = rows[store.ok[rows]]
+    key = runtime.digest([weights_key(model), store.key, rows.tolist(), beams])
+    path = runtime.cache_dir() / "captions" / f"{key}.json"
+    if not path.exists():
+        runtime.write_json(path, caption_all(model, store, rows, beams, device))
+    return runtime.read_json(path)
+
+
 def compare(runs, prepared, inputs, split="test", device="auto"):
     """Score runs of one backbone beside the baselines and the later ones beside the first, and write each run's results.
 
@@ -539,10 +610,7 @@ def write_results(folder, prepared, row, **more):
     run = load_run(folder)
     best = run.metrics.dropna(subset="val_similarity").sort_values("val_similarity").iloc[-1]
     facts = {
-        "source": runtime.relative(runtime.resolve_path(prepared.config.source)),
-        "prepared": prepared.key,
-        "sizes": prepared.sizes().to_dict("records"),
-        "seed": run.config.seed,
+        **about(prepared, run.config.seed),
         "epochs": run.config.epochs,
         "best_epoch": int(best["epoch"]) + 1,
         "val_cosine": float(best["val_similarity"]),

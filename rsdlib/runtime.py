@@ -66,11 +66,11 @@ def device(name="auto"):
     return chosen
 
 
-def precision(name, on, *, convolutional=False):
+def precision(name, on):
     """Return ``"fp32"`` or ``"bf16"`` for ``"auto"`` and a device.
 
-    bf16 pays on recent GPUs, and on CPUs with bf16 matrix instructions for transformers; convolutions in bf16 are often slower
-    there.
+    bf16 pays on recent GPUs, and on CPUs with bf16 matrix instructions: there ViT trains 2.0 times as fast, CLIP 1.8, Swin 1.3 and
+    the U-Net's encoder 1.2 times (mini sizes, two cores).
     """
     import torch
 
@@ -81,7 +81,7 @@ def precision(name, on, *, convolutional=False):
     if on.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = on.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast and not convolutional else "fp32"
+    return "bf16" if fast else "fp32"
 
 
 def rng(*keys):

@@ -44,8 +44,7 @@ def swap_encoder(pipe, encoder, start_step=1, blend=1.0):
             f"start_step = {start_step} is no step", "Use a whole number from 0 on, or a share between 0.0 and 1.0."
         )
     swapped = with_encoder(pipe.unet, encoder, blend)
-    components = {**pipe.components, "unet": pipe.unet}
-    again = type(pipe)(**components, requires_safety_checker=pipe.config.get("requires_safety_checker", False))
+    again = type(pipe)(**pipe.components, requires_safety_checker=pipe.config.get("requires_safety_checker", False))
     again.unet = SwitchingUNet(pipe.unet, swapped, again.scheduler, start_step)
     again.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return again
@@ -70,6 +69,28 @@ def with_encoder(unet, encoder, blend=1.0):
         swapped._modules[name] = copy.deepcopy(unet._modules[name])
     into_unet(encoder, swapped, blend)
     return swapped
+
+
+def weight_change(encoder, unet):
+    """Return how far an encoder has moved from a U-Net's own, |W' - W| / |W| (Frobenius), for each of its parts.
+
+    Parameters
+    ----------
+    encoder : rsdlib.unet.UNetEncoder
+    unet : diffusers.UNet2DConditionModel
+
+    Returns
+    -------
+    dict of str to float
+    """
+    change, own = {}, unet.state_dict()
+    for part in parts(unet):
+        pairs = [
+            (own[name].float(), value.float()) for name, value in encoder.unet.state_dict().items() if name.startswith(f"{part}.")
+        ]
+        moved = sum(float((new.to(old) - old).square().sum()) for old, new in pairs)
+        change[part] = (moved / sum(float(old.square().sum()) for old, _ in pairs)) ** 0.5
+    return change
 
 
 class SwitchingUNet(nn.Module):

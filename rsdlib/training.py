@@ -32,7 +32,7 @@ class PairData:
     ----------
     inputs : object with ``batch(indices) -> uint8 or float array (b, ...)``
         For example `rsdlib.data.ImageStore`.
-    targets : ndarray (n, d), float32
+    targets : ndarray (n, d), float32, or tokens (n, l), int64
         May be memory-mapped.
     labels : ndarray (n, ceil(m / 8)), uint8, or None
         Vocabulary labels, packed by `pack`.
@@ -51,8 +51,9 @@ class PairData:
 
     def __post_init__(self):
         targets, labels = self.targets, self.labels
-        if targets.ndim != 2 or targets.dtype != np.float32:
-            raise BadValueError(f"targets are {targets.dtype} of shape {targets.shape}", "They must be float32 of shape (n, d).")
+        if targets.ndim != 2 or targets.dtype not in (np.float32, np.int64):
+            found = f"targets are {targets.dtype} of shape {targets.shape}"
+            raise BadValueError(found, "They must be float32 of shape (n, d), or tokens: int64 of shape (n, l).")
         usable = np.isfinite(targets).all(axis=1) & targets.any(axis=1)
         if not usable.all():
             raise BadValueError(f"target {int(np.argmin(usable))} is zero or not finite", "Embed its prompt again.")
@@ -230,7 +231,7 @@ class _Loop:
 
     def __init__(self, model, data, plan, folder, objective, callbacks):
         self.data, self.folder, self.objective, self.callbacks, self.config = data, folder, objective, callbacks, plan.config
-        self.accelerator = _accelerator(self.config, model)
+        self.accelerator = _accelerator(self.config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         optimizer = torch.optim.AdamW(_groups(model, self.config.weight_decay), lr=self.config.lr, fused=True)
         self.state = State(plan, model, optimizer)
@@ -307,7 +308,7 @@ class _Loop:
             alone = contextlib.nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model)
             with alone:
                 try:
-                    with self.accelerator.autocast():
+                    with self.accelerator.autocast(), _attention(self.accelerator.device):
                         loss, similarity = self.objective(self.model, batch)
                     # Processes average their gradients: times their number, the shares add up to the mean over the global batch.
                     self.accelerator.backward(loss * (share * self.world))
@@ -435,18 +436,24 @@ class _Loop:
         runtime.write_parquet(self.folder / "difficulty.parquet", table)
 
 
-def _accelerator(config, model):
+def _accelerator(config):
     """Return accelerate's view of this machine, fresh: a process may train several times with different settings."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     device = runtime.device(config.device)
-    convolutional = getattr(getattr(model, "backbone", model), "convolutional", False)
     if device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
-    chosen = runtime.precision(config.precision, device, convolutional=convolutional)
+    chosen = runtime.precision(config.precision, device)
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no" if chosen == "fp32" else chosen)
+
+
+def _attention(device):
+    """Choose the attention to train with: on a CPU the plain one, where the fused one's backward pass is several times slower."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def _groups(model, weight_decay):

@@ -26,7 +26,7 @@ class UNetEncoder(nn.Module):
     context : Tensor (t, c)
         What stands in for the prompt in cross-attention wherever a batch does not bring its own: the text encoder's states of the
         empty prompt. Never the true prompt.
-    front : callable, optional
+    front : nn.Module, optional
         Maps uint8 images to what `forward` reads; kept beside the module, not in it.
     image_size : int
         Pixels a side that `front` reads.
@@ -36,8 +36,6 @@ class UNetEncoder(nn.Module):
     features : int
         Channels of the mid block.
     """
-
-    convolutional = True
 
     def __init__(self, unet, context, front=None, image_size=None):
         super().__init__()
@@ -74,7 +72,7 @@ class UNetEncoder(nn.Module):
         return self.maps(latents.float(), context).mean(dim=(2, 3))
 
 
-class Latents:
+class Latents(nn.Module):
     """Frozen front of the U-Net encoder: an autoencoder's latents of images, computed once and stored.
 
     Parameters
@@ -83,22 +81,14 @@ class Latents:
     """
 
     def __init__(self, vae):
+        super().__init__()
         self.vae = vae.eval().requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(float(vae.config.scaling_factor)))
+        self.eval()
 
-    @property
-    def key(self):
-        """Changes with any weight of the autoencoder."""
-        return "latents-" + runtime.checksum({name: value.cpu().numpy() for name, value in self.vae.state_dict().items()})[:16]
-
-    def to(self, device):
-        """Move to a device."""
-        self.vae.to(device)
-        return self
-
-    def __call__(self, images):
+    def forward(self, images):
         """Map uint8 images (b, 3, s, s) to scaled latents (b, c, s / f, s / f): the mean of their distribution."""
-        latents = self.vae.encode((images.float() - 127.5) / 127.5).latent_dist.mode()
-        return latents * self.vae.config.scaling_factor
+        return self.vae.encode((images.float() - 127.5) / 127.5).latent_dist.mode() * self.scale
 
 
 def open_encoder(folder, pretrained=True, options=None, image_size=None):
@@ -171,6 +161,4 @@ def into_unet(encoder, unet, blend=1.0):
             f"the encoder does not fit this U-Net: {len(wrong + missing)} tensors differ ({', '.join((wrong + missing)[:3])}, …)",
             "Use the U-Net it came from.",
         )
-    if blend:
-        mixed = {name: torch.lerp(own[name].to(value), value, blend) if blend != 1 else value for name, value in new.items()}
-        unet.load_state_dict({**own, **{name: value.to(own[name]) for name, value in mixed.items()}})
+    unet.load_state_dict({**own, **{name: torch.lerp(own[name].to(value), value, blend) for name, value in new.items()}})

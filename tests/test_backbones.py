@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import REPOSITORY
 
-from rsdlib import backbones, config, data, unet
+from rsdlib import backbones, config, unet
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError, ModelNotFoundError
 from rsdlib.model import PromptRegressor
 
@@ -52,7 +53,7 @@ def test_clip_tower_gives_open_clips_own_features(clip):
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
     with torch.no_grad():
         torch.testing.assert_close(encoder(IMAGES), whole.encode_image((IMAGES / 255 - mean) / std))
-    assert (encoder.features, encoder.image_size, encoder.front, encoder.convolutional) == (24, 32, None, False)
+    assert (encoder.features, encoder.image_size, encoder.front) == (24, 32, None)
 
 
 def test_clip_without_its_weights_is_another_one(clip):
@@ -65,8 +66,8 @@ def test_frozen_clip_is_read_once_and_only_the_perceptron_learns(clip):
     assert (encoder.features, encoder.image_size) == (48, 32)
     assert not any("encoder" in name for name in encoder.state_dict())
     images = Images(IMAGES.numpy())
-    store = data.FeatureStore.build(images, encoder.front, device="cpu")
-    again = data.FeatureStore.build(images, encoder.front, device="cpu")
+    store = backbones.FeatureStore.build(images, encoder.front, device="cpu")
+    again = backbones.FeatureStore.build(images, encoder.front, device="cpu")
     assert images.read == 3
     with torch.no_grad():
         whole = create("open_clip", clip).eval()(IMAGES).numpy()
@@ -75,7 +76,7 @@ def test_frozen_clip_is_read_once_and_only_the_perceptron_learns(clip):
     model = PromptRegressor(encoder, vocabulary_size=5, embedding_size=7)
     model(torch.from_numpy(store.batch([0, 1, 2])))[0].sum().backward()
     assert all(p.grad is not None for p in model.backbone.parameters())
-    assert all(p.grad is None for p in encoder.front.encoder.parameters())
+    assert all(p.grad is None for p in encoder.front.parameters())
 
 
 def test_unknown_clip_is_named():
@@ -83,24 +84,35 @@ def test_unknown_clip_is_named():
         create("open_clip", "no-such-clip", pretrained=False)
 
 
+def test_parts_can_be_frozen(diffusion):
+    encoder = create("diffusers", diffusion, frozen=["unet.conv_in", "unet.down_blocks.0"])
+    still = {name.split(".")[1] for name, p in encoder.named_parameters() if not p.requires_grad}
+    assert still == {"conv_in", "down_blocks"}
+    assert all(
+        p.requires_grad == (not name.startswith(("unet.conv_in.", "unet.down_blocks.0."))) for name, p in encoder.named_parameters()
+    )
+    with pytest.raises(ConfigError, match=r"no part .unet\.conv. to freeze"):
+        create("diffusers", diffusion, frozen=["unet.conv"])
+
+
 # Stored features
 
 
 def test_stored_features_belong_to_their_images_and_weights(clip):
     front = create("open_clip", clip, options={"mlp": [4]}).front
-    store = data.FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
-    assert data.FeatureStore.build(Images(IMAGES.numpy(), key="b"), front, device="cpu").key != store.key
+    store = backbones.FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
+    assert backbones.FeatureStore.build(Images(IMAGES.numpy(), key="b"), front, device="cpu").key != store.key
     with torch.no_grad():
-        front.encoder.body.proj *= 2
-    changed = data.FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
+        front.body.proj *= 2
+    changed = backbones.FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
     assert changed.key != store.key
     assert (changed.batch([0]) != store.batch([0])).any()
 
 
 def test_rows_without_an_image_have_no_features(clip):
     front = create("open_clip", clip, options={"mlp": [4]}).front
-    whole = data.FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
-    store = data.FeatureStore.build(Images(IMAGES.numpy(), bad=[1], key="b"), front, device="cpu")
+    whole = backbones.FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
+    store = backbones.FeatureStore.build(Images(IMAGES.numpy(), bad=[1], key="b"), front, device="cpu")
     np.testing.assert_array_equal(store.ok, [True, False, True])
     np.testing.assert_allclose(store.batch([0, 2]), whole.batch([0, 2]), atol=1e-3)
     with pytest.raises(BadValueError, match="row 1 has no image"):
@@ -108,23 +120,24 @@ def test_rows_without_an_image_have_no_features(clip):
 
 
 def test_stopped_computation_goes_on_at_the_first_shard_it_lacks(clip, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_SHARD", 2)
+    monkeypatch.setattr(backbones, "_SHARD", 2)
     front = create("open_clip", clip, options={"mlp": [4]}).front
     images = Images(torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8).numpy())
-    whole = data.FeatureStore.build(images, front, tmp_path / "whole", device="cpu")
-    calls = []
+    whole = backbones.FeatureStore.build(images, front, tmp_path / "whole", device="cpu")
+    calls, own = [], front.forward
 
     def breaks(batch):
         calls.append(len(batch))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return front.encoder(batch)
+        return own(batch)
 
-    fake = type("Fake", (), {"key": front.key, "to": lambda self, device: self, "__call__": lambda self, batch: breaks(batch)})()
+    monkeypatch.setattr(front, "forward", breaks)
     with pytest.raises(KeyboardInterrupt):
-        data.FeatureStore.build(images, fake, tmp_path / "part", device="cpu")
+        backbones.FeatureStore.build(images, front, tmp_path / "part", device="cpu")
+    monkeypatch.setattr(front, "forward", own)
     images.read = 0
-    store = data.FeatureStore.build(images, front, tmp_path / "part", device="cpu")
+    store = backbones.FeatureStore.build(images, front, tmp_path / "part", device="cpu")
     assert images.read == 3  # two of four shards were there
     np.testing.assert_array_equal(store.batch(np.arange(7)), whole.batch(np.arange(7)))
 
@@ -220,3 +233,11 @@ def test_unet_with_random_weights_needs_no_unet_file(diffusion, tmp_path):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     first, second = (create("diffusers", folder, pretrained=False) for _ in range(2))
     assert (first.unet.conv_in.weight != second.unet.conv_in.weight).any()
+
+
+def test_shipped_unet_reads_shipped_images():
+    folder = REPOSITORY / "data" / "mini" / "stable-diffusion"
+    encoder = create("diffusers", folder).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert encoder(encoder.front(images)).shape == (2, encoder.features)

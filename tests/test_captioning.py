@@ -33,7 +33,7 @@ def opened(folder, words=0):
 
 def captions(model, labels=None):
     words = 0 if labels is None else 5
-    return captioning.Captions(Images(), model.encode(CAPTIONS), labels, words, np.arange(8), np.arange(8, 12))
+    return training.PairData(Images(), model.encode(CAPTIONS), labels, words, np.arange(8), np.arange(8, 12))
 
 
 def test_logits_are_blips_own(folder):
@@ -103,6 +103,21 @@ def test_empty_caption_is_an_empty_string(folder):
 def test_long_captions_are_cut(folder):
     tokens = opened(folder).encode(["fox " * 500])
     assert tokens.shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("caption", "thing", "there"),
+    [
+        ("Two foxes, in the snow", "fox", True),
+        ("a pair of scissors", "scissors", True),
+        ("a hot air balloon at night", "hot air balloon", True),
+        ("a balloon", "hot air balloon", False),
+        ("a firefox", "fox", False),
+        ("", "fox", False),
+    ],
+)
+def test_caption_names_a_thing(caption, thing, there):
+    assert captioning.shows(caption, thing) == there
 
 
 def test_nearest_prompts():

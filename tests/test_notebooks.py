@@ -33,7 +33,7 @@ def trained(project, tmp_path_factory):
 
 def test_01_makes_what_it_needs_and_writes_its_results(trained):
     results = sorted((trained / "runs/smoke").glob("vit-*/results.json"))
-    assert [path.parent.name.rsplit("-", 1)[0] for path in results] == ["vit-mlc", "vit-vanilla"]
+    assert [path.parent.name.rsplit("-", 1)[0] for path in results] == ["vit-mlc", "vit-mlc-ours", "vit-vanilla"]
     for path in results:
         result = json.loads(path.read_text())
         assert -1 <= result["cosine"]["low"] <= result["cosine"]["mean"] <= result["cosine"]["high"] <= 1
@@ -42,7 +42,7 @@ def test_01_makes_what_it_needs_and_writes_its_results(trained):
         assert set(result["baselines"]) == set(recipes.BASELINES)
         assert result["environment"]["precision"] in ("fp32", "bf16")
         assert {"seed", "environment", "epochs", "best_epoch", "source"} <= result.keys()
-    assert "gain over vit" in json.loads(results[0].read_text())
+    assert all("gain over vit" in json.loads(path.read_text()) for path in results[:2])
     figures = {path.name for path in (trained / "runs/smoke").glob("figures-*/*.png")}
     assert figures >= {f"01_vit_{name}.png" for name in ("curves", "scores", "recall", "neighbours")}
 
@@ -56,6 +56,31 @@ def test_00_runs_after_it_from_the_same_caches(trained):
     assert list((trained / "runs/smoke").glob("figures-*/00_cleaning.png"))
     notebook = nbformat.read(trained / "runs/smoke/notebooks/00_prepare_data.ipynb", as_version=4)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+OTHERS = {
+    "02_train_swin": (),
+    "03_train_clip": (),
+    "04_train_unet": (),
+    "05_curriculum": (),
+    "06_ensemble_dakl": ("shifted", 4),
+    "07_unet_swap": ("count", 2, "steps", 4, "places", "[1, 0.5]"),
+    "08_captioning": (),
+    "09_paper_figures": (),
+}
+
+
+@pytest.mark.timeout(600)
+def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained):
+    for name, parameters in OTHERS.items():
+        pairs = zip(parameters[::2], parameters[1::2], strict=True)
+        done = rsd("run", name, "-p", "profile", "smoke", *(word for pair in pairs for word in ("-p", *pair)), cwd=trained)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+    (folder,) = (trained / "runs/smoke").glob("figures-*")
+    assert {path.name[:2] for path in folder.glob("*.png")} == {f"{number:02}" for number in range(10)}
+    assert {path.name[:2] for path in folder.glob("*.json")} == {f"{number:02}" for number in range(1, 9)}
+    done = rsd("tables", "--profile", "smoke", cwd=trained)
+    assert done.stdout.count("| method |") == 5
 
 
 def test_predict_reads_an_image(trained, tmp_path):

@@ -196,10 +196,12 @@ def test_missing_device_is_named():
         assert runtime.device("auto").type == "cpu"
 
 
-def test_precision_is_chosen_or_taken():
+def test_precision_is_chosen_or_taken(monkeypatch):
     cpu = torch.device("cpu")
+    for fast, chosen in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert runtime.precision("auto", cpu) == chosen
     assert runtime.precision("bf16", cpu) == "bf16"
-    assert runtime.precision("auto", cpu, convolutional=True) == "fp32"
     with pytest.raises(ConfigError, match="fp8"):
         runtime.precision("fp8", cpu)
 

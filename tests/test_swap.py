@@ -131,3 +131,34 @@ def test_encoder_of_another_model_is_refused(pipe, tmp_path):
     other = backbones.create(config.BackboneConfig("diffusers", str(tiny.stable_diffusion(tmp_path, cross=24))))
     with pytest.raises(CheckpointError, match="does not fit this U-Net"):
         swap.swap_encoder(pipe, other, 1)
+
+
+def test_change_of_weights(pipe, folder):
+    moved = backbones.create(config.BackboneConfig("diffusers", str(folder)))
+    assert set(swap.weight_change(moved, pipe.unet).values()) == {0.0}
+    with torch.no_grad():
+        for p in moved.unet.mid_block.parameters():
+            p *= 1.25
+    change = swap.weight_change(moved, pipe.unet)
+    assert change.pop("mid_block") == pytest.approx(0.25, rel=1e-5)
+    assert set(change.values()) == {0.0}
+
+
+def test_pictures_on_the_way_end_in_the_finished_one(pipe):
+    on_the_way = diffusion.sample_steps(pipe, PROMPTS, SEEDS, [1, 3, 4], steps=4, guidance=3.0)
+    assert on_the_way.shape == (3, 2, 32, 32, 3)
+    np.testing.assert_array_equal(on_the_way[-1], diffusion.sample(pipe, PROMPTS, SEEDS, 4, 3.0))
+    assert (on_the_way[0] != on_the_way[1]).any()
+
+
+def test_stored_samples_are_drawn_once(pipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(diffusion.runtime, "cache_dir", lambda: tmp_path)
+    prompts, seeds = PROMPTS * 2, [1, 2, 3, 4]
+    first = diffusion.sample_stored(pipe, "a", prompts, seeds, 2, 1.0, batch_size=3)
+    whole = diffusion.sample(pipe, prompts, seeds, 2, 1.0)  # a batch of another size may round otherwise
+    assert np.abs(first.astype(int) - whole).max() <= 1
+    np.testing.assert_array_equal(diffusion.sample_stored(None, "a", prompts, seeds, 2, 1.0, batch_size=3), first)
+    with pytest.raises(TypeError):  # other weights, or another guidance: nothing is stored, and there is nothing to draw with
+        diffusion.sample_stored(None, "b", prompts, seeds, 2, 1.0, batch_size=3)
+    with pytest.raises(TypeError):
+        diffusion.sample_stored(None, "a", prompts, seeds, 2, 1.5, batch_size=3)

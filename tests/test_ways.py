@@ -3,12 +3,13 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
 from test_recipes import settings, source  # noqa: F401  the fixture
 
-from rsdlib import config, curriculum, data, predict, recipes, runtime, training
+from rsdlib import config, curriculum, predict, recipes, runtime, training
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +17,7 @@ def folders(tmp_path_factory):
     return {
         "diffusers": tiny.stable_diffusion(tmp_path_factory.mktemp("sd")),
         "open_clip": tiny.clip(tmp_path_factory.mktemp("clip")),
+        "blip": tiny.blip(tmp_path_factory.mktemp("blip")),
     }
 
 
@@ -26,6 +28,7 @@ def world(source, folders):  # noqa: F811
         "clip": config.BackboneConfig("open_clip", str(folders["open_clip"])),
         "clip-mlp": config.BackboneConfig("open_clip", str(folders["open_clip"]), options={"mlp": [16, 24]}),
         "unet": config.BackboneConfig("diffusers", str(folders["diffusers"])),
+        "blip": config.BackboneConfig("blip", str(folders["blip"])),
     }
     return config.replace(settings(source), backbones=backbones)
 
@@ -55,7 +58,7 @@ def test_frozen_parts_stay_as_they_were(source, folders):  # noqa: F811
     prepared = recipes.prepare(chosen.data)
     before = recipes.starting_model(folder := recipes.train(chosen, "unet", prepared, weight=0.0, epochs=1, lr=1e-2))
     after, _ = recipes.load_model(folder)
-    assert after.backbone.front.key == before.backbone.front.key
+    assert training.weights_key(after.backbone.front) == training.weights_key(before.backbone.front)
     torch.testing.assert_close(after.backbone.context, before.backbone.context)
     changed = {n for n, p in after.backbone.unet.state_dict().items() if not torch.equal(p, before.backbone.unet.state_dict()[n])}
     assert {name.split(".")[0] for name in changed} == {"conv_in", "time_embedding", "down_blocks", "mid_block"}
@@ -123,11 +126,108 @@ def test_another_difficulty_is_another_run(source, folders, monkeypatch):  # noq
 
 
 def test_features_are_computed_once_for_all_runs_of_a_front(source, folders, monkeypatch):  # noqa: F811
-    calls, original = [], data._features
-    monkeypatch.setattr(data, "_features", lambda *a: (calls.append(len(a[2])), original(*a))[1])
+    calls, original = [], training.apply
+    monkeypatch.setattr(training, "apply", lambda *a, **k: (calls.append(len(a[2])), original(*a, **k))[1])
     chosen = world(source, folders)
     prepared = recipes.prepare(chosen.data)
     recipes.train(chosen, "unet", prepared, weight=0.0, epochs=1)
     recipes.train(chosen, "unet", recipes.prepare(chosen.data), weight=0.1, curriculum="ours", epochs=1)
     assert sum(calls) == len(prepared.pairs)
     assert len(list((runtime.cache_dir() / "features").glob("*"))) == len(calls)
+
+
+# captioner
+
+
+def test_captioner_is_trained_found_again_and_used(source, folders, tmp_path, monkeypatch):  # noqa: F811
+    from rsdlib import captioning
+    from rsdlib.errors import CacheError
+
+    chosen = world(source, folders)
+    prepared = recipes.prepare(chosen.data)
+    folder = recipes.train(chosen, "blip", prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2)
+    assert folder.name.startswith("blip-mlc-ours-")
+    assert recipes.train(chosen, "blip", prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2) == folder
+    assert recipes.train(chosen, "blip", prepared, weight=0.0, epochs=3, lr=1e-2) != folder
+    start, (model, recipe) = recipes.starting_model(folder), recipes.load_model(folder)
+    assert training.weights_key(start) == recipe.start != training.weights_key(model)
+    store, rows = prepared.images(model.image_size), prepared.rows("test")
+    said = recipes.captions(model, prepared, store, "test", device="cpu")
+    assert said == captioning.caption_all(model, store, rows, device="cpu")
+    monkeypatch.setattr(captioning, "caption_all", None)
+    assert recipes.captions(model, prepared, store, "test", device="cpu") == said  # stored
+
+    reader = recipes.train(chosen, "vit", prepared, weight=0.0, epochs=1)
+    images = prepared.pairs["image"].iloc[rows].tolist()
+    found = predict.Predictor.load(reader, "cpu", folder).predict(images)
+    assert found.captions == said
+    table = found.table(images)
+    assert table["caption"].tolist() == said
+    assert table["nearest_prompt"].tolist() == [nearest[0][0] for nearest in found.prompts]
+    for wrong in ({"folder": folder}, {"folder": reader, "captioner": reader}):
+        with pytest.raises(CacheError, match="holds no finished"):
+            predict.Predictor.load(**wrong)
+    assert predict.latest_run(chosen.name, captions=True).name.startswith("blip-")
+    assert not predict.latest_run(chosen.name).name.startswith("blip-")
+
+
+# scores side by side
+
+
+def test_runs_are_compared_with_the_first_and_with_what_needs_no_training(source, folders):  # noqa: F811
+    chosen = world(source, folders)
+    prepared = recipes.prepare(chosen.data)
+    runs = {"a": recipes.train(chosen, "clip", prepared, weight=0.0, epochs=1)}
+    runs["b"] = recipes.train(chosen, "clip", prepared, weight=0.1, epochs=1)
+    images = prepared.images(32)
+    _, table = recipes.compare(runs, prepared, images, device="cpu")
+    rows = {row["method"]: row for row in table}
+    assert list(rows) == [*recipes.BASELINES, "a", "b"]
+    assert "gain over a" in rows["b"]
+    assert "gain over a" not in rows["a"]
+    gain = rows["b"]["gain over a"]["difference"]["mean"]
+    assert gain == pytest.approx(rows["b"]["cosine"]["mean"] - rows["a"]["cosine"]["mean"])
+    written = {name: runtime.read_json(folder / "results.json") for name, folder in runs.items()}
+    assert written["b"]["cosine"] == rows["b"]["cosine"]
+    assert set(written["b"]["baselines"]) == set(recipes.BASELINES)
+
+
+def test_clips_neighbours_among_the_prompts(source, folders):  # noqa: F811
+    chosen = world(source, folders)
+    prepared = recipes.prepare(chosen.data)
+    images = prepared.images(32)
+    scores = recipes.Scores(prepared, images)
+    assert recipes.predict_clip_knn(scores, chosen.backbone("clip"), images, neighbours=(1,), device="cpu") == 1
+    train = set(prepared.pairs["prompt"].iloc[prepared.rows("train")])
+    for answer in scores.predictions[recipes.CLIP_KNN]:  # with one neighbour each answer is a training prompt's embedding
+        row = np.argmax(prepared.targets @ answer)
+        assert prepared.targets[row] @ answer == pytest.approx(1, abs=1e-5)
+        assert prepared.pairs["prompt"].iloc[row] in train
+
+
+def test_known_causes(source, tmp_path):  # noqa: F811
+    for path in source.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    prepared = recipes.prepare(settings(tmp_path).data)
+    assert recipes.known_causes(prepared) is None
+    told = {"nouns": [["cat"]], "count": 1, "relation": "single", "setting": "snow", "medium": "neon", "has_referent": True}
+    seen = {"judged_nouns": [["cat"]], "judged_count": 1, "judged_setting": "snow", "judged_medium": "neon"}
+    table = pd.DataFrame(
+        {
+            "image_name": prepared.pairs["id"],
+            **{k: v * len(prepared.pairs) if isinstance(v, list) else v for k, v in {**told, **seen}.items()},
+        }
+    )
+    table.at[0, "judged_nouns"] = ["fox"]
+    table.loc[1, ["has_referent", "relation"]] = [False, "none"]
+    table.loc[2, ["count", "judged_count", "relation"]] = [2, 2, "count"]
+    table.loc[3, ["count", "judged_count", "relation"]] = [2, 1, "left of"]
+    table.sample(frac=1, random_state=0).to_parquet(tmp_path / "scenes.parquet")
+    causes = recipes.known_causes(prepared)
+    assert {name: np.flatnonzero(causes[name]).tolist() for name in causes} == {
+        "nothing to see": [1],
+        "several things": [2, 3],
+        "a count": [2],
+        "left of": [3],
+        "not as asked": [0, 3],
+    }

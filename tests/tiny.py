@@ -72,7 +72,7 @@ def clip(folder, seed=0):
 
     torch.manual_seed(seed)
     vision = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
-    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    text = {"context_length": 8, "vocab_size": 49_408, "width": 16, "heads": 2, "layers": 1}
     model = open_clip.model.CLIP(24, vision, text)
     colours = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
     settings = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": colours}

@@ -69,6 +69,8 @@ class Corpus:
         ``noun`` (n, 100) with a 1 for each noun in the picture; ``count``, ``setting``, ``medium``, ``relation`` (n,), the last
         three as places in `NAMES`.
     prompts : list of str
+    key : str
+        Changes with any picture.
     """
 
     def __init__(self, size, seed=0):
@@ -80,6 +82,7 @@ class Corpus:
                 list(
                     runtime.track(pool.map(functools.partial(_make_shard, seed), missing), "drawing renders, shards", len(missing))
                 )
+        self.key = runtime.digest([_shard_path(seed, number).name for number in numbers])
         shards = [runtime.load_arrays(_shard_path(seed, number), verify=False)[0] for number in numbers]
         self._images = [np.asarray(shard["images"]) for shard in shards]
         names = ("noun", "count", "setting", "medium", "relation")

@@ -6,9 +6,8 @@
 (64, 64, 3)
 """
 
-from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from backdrops import BACKDROPS, Backdrop, foreground
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scenes import Scene, sample_scene
 from sprites import NOUNS, load_sprites
 
-__all__ = ["Scene", "draw", "render_row", "sample_scene"]
+__all__ = ["Scene", "draw", "sample_scene"]
 
 STYLE = dict.fromkeys(FILTERS, "noto") | dict.fromkeys(("3d render", "sepia photograph", "watercolor"), "fluent")
 SPAN = {1: (0.52, 0.64), 2: (0.42, 0.48), 3: (0.30, 0.34)}  # longest side of one object for each number of objects
@@ -63,25 +62,6 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = 64) -> np.ndarray:
     pixels, cover = (np.asarray(layer, np.float32) / 255 for layer in (canvas, mask))
     picture = np.clip(FILTERS[scene.medium](pixels, cover, rng), 0, 1)
     return np.asarray(Image.fromarray((picture * 255 + 0.5).astype(np.uint8)).reduce(2))
-
-
-def render_row(row: Mapping[str, Any], size: int = 64) -> np.ndarray:
-    """Draw a picture of the shipped data set again.
-
-    Parameters
-    ----------
-    row : mapping
-        A row of ``scenes.parquet`` joined with its ``seed`` from ``metadata.parquet``.
-    size : int
-        Side of the picture in pixels; 64 in the data set.
-
-    Returns
-    -------
-    ndarray of uint8, shape (size, size, 3)
-        The picture before its lossy compression.
-    """
-    scene = Scene(tuple(row["nouns"]), int(row["count"]), row["relation"], row["setting"], row["medium"])
-    return draw(scene, np.random.default_rng(int(row["seed"])), size)
 
 
 def _place(scene: Scene, backdrop: Backdrop, rng: np.random.Generator) -> list[Placed]:

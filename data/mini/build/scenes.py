@@ -138,13 +138,15 @@ class Scene:
         return self.relation != "none"
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
+def sample_scene(rng: np.random.Generator, misaligned: float = MISALIGNED) -> Scene:
     """Draw one scene with its prompt.
 
     Parameters
     ----------
     rng : numpy.random.Generator
         The only source of randomness.
+    misaligned : float
+        Share of the scenes that differ from what their prompt says.
 
     Returns
     -------
@@ -157,7 +159,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     if rng.random() < NO_REFERENT:
         return _word(replace(scene, relation="none"), rng)
     scene = _word(scene, rng)
-    return _misalign(scene, rng) if rng.random() < MISALIGNED else scene
+    return _misalign(scene, rng) if rng.random() < misaligned else scene
 
 
 def _word(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -178,6 +180,14 @@ def _word(scene: Scene, rng: np.random.Generator) -> Scene:
         template = _pick(rng, *zip(*SAYINGS, strict=True))
         text = ", ".join((template.format(*_pick_distinct(rng, IDEAS, 2)), *modifiers))
     return replace(scene, modifiers=modifiers, template=template, prompt=_recase(text, rng))
+
+
+def caption(objects, count: int, setting: str, medium: str) -> str:
+    """Say plainly what a picture shows: "a cartoon of two foxes in the snow"."""
+    relation = "count" if len(objects) == 1 and count > 1 else "and"
+    subject = _subject(Scene(tuple(objects), count, relation, setting, medium))
+    before_of = next((words for words in MEDIA[medium][0] if words.startswith("a ")), MEDIA[medium][0][0])
+    return f"{before_of} of {subject} {SETTINGS[setting][0]}"
 
 
 def _subject(scene: Scene) -> str:

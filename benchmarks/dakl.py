@@ -1,0 +1,190 @@
+"""DAKL against scikit-learn's KernelRidge on the vectorised kernel, at the paper's scale, and k-means against its peers.
+
+    python benchmarks/dakl.py           # under a minute
+    python benchmarks/dakl.py --quick   # seconds, small
+    python benchmarks/dakl.py --full    # minutes: also gamma = 2 at the paper's scale, and k-means with 10,000 centroids
+
+Times are CPU seconds of this process, pinned to one core where the system allows it. Predictions that differ from the peer's, or a
+certificate that does not hold, end the run with an error.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import threading
+import time
+
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+import numpy as np
+from sklearn.kernel_ridge import KernelRidge
+
+from rsdlib import dakl
+from rsdlib.dakl import DAKL
+
+DIMENSIONS = 384
+
+
+def made_up(n, rng, topics=2000, noise=0.8):
+    """Return unit predictions and targets (n, 384), float32: topics around a common direction, as prompts have."""
+    world = np.random.default_rng(7)
+    centres = unit(world.normal(size=DIMENSIONS)) + unit(world.normal(size=(topics, DIMENSIONS)))
+    Y = unit(centres[rng.integers(topics, size=n)] + 0.7 * unit(rng.normal(size=(n, DIMENSIONS))))
+    return unit(Y + noise * unit(rng.normal(size=(n, DIMENSIONS)))).astype(np.float32), Y.astype(np.float32)
+
+
+def unit(rows):
+    """Return rows of unit length."""
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def cpu_seconds(function):
+    """Run `function`; return its CPU seconds and its result."""
+    start = time.process_time()
+    result = function()
+    return time.process_time() - start, result
+
+
+def peak_memory(function):
+    """Run `function`; return the largest resident memory meanwhile, in GB, libraries included, and its result."""
+    page, peak, done = os.sysconf("SC_PAGE_SIZE"), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            with open("/proc/self/statm") as stream:
+                peak[0] = max(peak[0], int(stream.read().split()[1]) * page)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if os.path.exists("/proc/self/statm"):
+        watcher.start()
+    result = function()
+    done.set()
+    return peak[0] / 1e9, result
+
+
+def kernel_ridge(S, Y, T, gamma, alpha=10.0):
+    """Return the peer's prediction: K' whole and vectorised, its rows as features."""
+    S, Y, T = (rows.astype(np.float64) for rows in (S, Y, T))
+    Z = unit(np.concatenate([S, T]))
+    K = np.exp(-gamma * (1 - Z @ Z.T) / 2)
+    return unit(KernelRidge(kernel="linear", alpha=alpha).fit(K[: len(S)], unit(Y)).predict(K[len(S) :]))
+
+
+def distance(a, b):
+    """Return the root mean square distance of two sets of unit rows."""
+    return float(np.sqrt(np.square(a - b).sum(axis=1).mean()))
+
+
+def bench_paper_scale(r, t, gammas):
+    """Print seconds and peak memory of fit and predict, with the centroids given."""
+    rng = np.random.default_rng(1)
+    (S, Y), (T, _) = made_up(r, rng), made_up(t, rng)
+    print(f"\nPaper's scale: r = {r:,}, t = {t:,}, d = {DIMENSIONS}, k-means aside")
+    print(f"{'gamma':>7} {'solver':>8} {'certified':>10} {'CPU s':>7} {'peak GB':>8}")
+    for gamma in gammas:
+        model = DAKL(r, gamma)
+        peak, (seconds, _) = peak_memory(lambda model=model: cpu_seconds(lambda: model.fit_predict(S, Y, T)))
+        print(f"{gamma:7g} {model.solver_:>8} {model.error_:10.1e} {seconds:7.2f} {peak:8.2f}")
+
+
+def bench_peer(sizes, gamma=0.01):
+    """Print seconds and growth beside the peer's, rounds interleaved, and the distance to the peer's predictions."""
+    print(f"\nfit + predict at gamma = {gamma}, alpha = 10; medians of interleaved rounds")
+    print(f"{'r':>6} {'t':>6} {'method':<12} {'CPU s':>7} {'x peer':>7} {'growth':>7} {'distance':>9}")
+    before, good = {}, True
+    for (r, t), rounds in sizes:
+        rng = np.random.default_rng(r)
+        (S, Y), (T, _) = made_up(r, rng), made_up(t, rng)
+        methods = {
+            "KernelRidge": lambda S=S, Y=Y, T=T: kernel_ridge(S, Y, T, gamma),
+            "affine": lambda S=S, Y=Y, T=T: DAKL(len(S), gamma, solver="affine").fit_predict(S, Y, T),
+            "primal": lambda S=S, Y=Y, T=T: DAKL(len(S), gamma, solver="primal").fit_predict(S, Y, T),
+        }
+        taken, found = {name: [] for name in methods}, {}
+        for _ in range(rounds):
+            for name, method in methods.items():
+                seconds, found[name] = cpu_seconds(method)
+                taken[name].append(seconds)
+        for name, times in taken.items():
+            seconds = statistics.median(times)
+            ratio = statistics.median(peer / own for peer, own in zip(taken["KernelRidge"], times, strict=True))
+            growth = ""
+            if name in before:
+                n, earlier = before[name]
+                growth = f"n^{np.log(seconds / earlier) / np.log((r + t) / n):.2f}"
+            before[name] = r + t, seconds
+            away = distance(found[name], found["KernelRidge"])
+            good &= away <= 1e-4
+            print(f"{r:6,} {t:6,} {name:<12} {seconds:7.2f} {ratio:7.1f} {growth:>7} {away:9.1e}")
+    return good
+
+
+def bench_certificate(r, t, gammas):
+    """Print what `auto` chooses, what it certifies, and how far it is from the peer."""
+    rng = np.random.default_rng(3)
+    (S, Y), (T, _) = made_up(r, rng), made_up(t, rng)
+    print(f"\nThe solver that auto chooses, r = {r:,}, t = {t:,}")
+    print(f"{'gamma':>7} {'solver':>8} {'certified':>10} {'distance':>9}")
+    good = True
+    for gamma in gammas:
+        model = DAKL(r, gamma)
+        away = distance(model.fit_predict(S, Y, T), kernel_ridge(S, Y, T, gamma))
+        good &= away <= 1e-4 and (model.solver_ != "affine" or away <= model.error_ + 1e-7)
+        print(f"{gamma:7g} {model.solver_:>8} {model.error_:10.1e} {away:9.1e}")
+    return good
+
+
+def bench_kmeans(n, clusters):
+    """Print seconds and inertia on clustered data, beside the original's BisectingKMeans and faiss itself."""
+    import faiss
+    from sklearn.cluster import BisectingKMeans
+
+    X, _ = made_up(n, np.random.default_rng(4), topics=2 * clusters, noise=0.4)
+
+    def peer():
+        found = faiss.Kmeans(DIMENSIONS, clusters, niter=25, seed=1, min_points_per_centroid=1)
+        found.train(X)
+        return found.centroids
+
+    methods = {
+        "BisectingKMeans": lambda: BisectingKMeans(clusters, random_state=0).fit(X).cluster_centers_,
+        "ours": lambda: dakl._kmeans(X, clusters, 25, 0),
+        "faiss": peer,
+    }
+    print(f"\nk-means, {n:,} rows, {clusters:,} clusters")
+    print(f"{'method':<16} {'CPU s':>7} {'inertia':>10} {'/ ours':>7}")
+    found = {}
+    for name, method in methods.items():
+        seconds, centroids = cpu_seconds(method)
+        found[name] = (
+            seconds,
+            sum(
+                float((1 + (centroids**2).sum(axis=1) - 2 * block @ centroids.T).min(axis=1).sum())
+                for block in np.array_split(X, -(-n // 2000))
+            ),
+        )
+    for name, (seconds, inertia) in found.items():
+        print(f"{name:<16} {seconds:7.2f} {inertia:10.1f} {inertia / found['ours'][1]:7.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, in seconds")
+    parser.add_argument("--full", action="store_true", help="what needs minutes too")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        bench_paper_scale(500, 1500, [0.01, 2.0])
+        same = bench_peer([((200, 600), 3), ((400, 1200), 3)])
+        holds = bench_certificate(150, 450, [1e-3, 1e-2, 0.1, 2.0])
+        bench_kmeans(2000, 100)
+    else:
+        bench_paper_scale(10_000, 30_000, [1e-3, 1e-2, *([2.0] if arguments.full else [])])
+        same = bench_peer([((500, 1500), 3), ((1000, 3000), 3), ((2500, 7500), 1)])
+        holds = bench_certificate(300, 900, [1e-4, 1e-3, 1e-2, 0.1, 1.0, 5.0])
+        bench_kmeans(*((50_000, 10_000) if arguments.full else (16_000, 1000)))
+    if not (same and holds):
+        sys.exit("predictions differ from KernelRidge's by more than 1e-4, or a certificate does not hold")

@@ -1,0 +1,123 @@
+"""Exact nearest neighbours against faiss's IndexFlatIP.
+
+    python benchmarks/retrieval.py           # under a minute
+    python benchmarks/retrieval.py --quick   # seconds, small
+
+Times are CPU seconds of this process, pinned to one core where the system allows it. Scores that differ from the peer's end the run
+with an error. The last part streams a base from disk that is larger than the memory it may take.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+import numpy as np
+import torch
+
+from rsdlib import retrieval
+
+DIMENSIONS = 384
+
+
+def unit(n, rng):
+    """Return random unit rows (n, 384), float32."""
+    rows = rng.standard_normal((n, DIMENSIONS), np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def cpu_seconds(function):
+    """Run `function`; return its CPU seconds and its result."""
+    start = time.process_time()
+    result = function()
+    return time.process_time() - start, result
+
+
+def peer(queries, base, k):
+    """Return similarity and index by faiss, which reads the base anew, as ours does."""
+    import faiss
+
+    index = faiss.IndexFlatIP(DIMENSIONS)
+    index.add(base)
+    return index.search(queries, k)
+
+
+def bench_peer(queries, sizes, k=16, rounds=3):
+    """Print seconds, growth, the ratio to the peer's and to the matrix product's, and the largest difference of the scores."""
+    print(f"\n{queries} queries, {DIMENSIONS} dimensions, k = {k}; the peer is faiss IndexFlatIP; medians of {rounds} rounds")
+    print(f"{'base':>8} {'product s':>10} {'peer s':>7} {'ours s':>7} {'x peer':>7} {'growth':>7} {'max |diff|':>11}")
+    rng, good, before = np.random.default_rng(0), True, None
+    asked = unit(queries, rng)
+    for n in sizes:
+        base = unit(n, rng)
+        left, right = torch.from_numpy(asked), torch.from_numpy(base)
+        taken = []
+        for _ in range(rounds):
+            product, _ = cpu_seconds(lambda left=left, right=right: left @ right.T)
+            theirs, (expected, _) = cpu_seconds(lambda base=base: peer(asked, base, k))
+            ours, (found, index) = cpu_seconds(lambda base=base: retrieval.nearest(asked, base, k))
+            taken.append((product, theirs, ours))
+        product, theirs, ours = (statistics.median(column) for column in zip(*taken, strict=True))
+        ratio = statistics.median(row[1] / row[2] for row in taken)
+        growth = f"n^{np.log(ours / before[1]) / np.log(n / before[0]):.2f}" if before else ""
+        before = n, ours
+        truth = np.einsum("qd,qkd->qk", asked, base[index])  # the scores belong to the rows
+        difference = max(np.abs(found - expected).max(), np.abs(found - truth).max())
+        good &= difference < 1e-5
+        print(f"{n:8,} {product:10.3f} {theirs:7.3f} {ours:7.3f} {ratio:7.2f} {growth:>7} {difference:11.1e}")
+    return good
+
+
+def anonymous_memory():
+    """Return this process's memory in GB without mapped files, or NaN where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("RssAnon")), float("nan"))
+
+
+def bench_streaming(n, queries=32, k=4):
+    """Search a float16 base on disk for planted rows; print seconds, and how much memory the search took."""
+    rng = np.random.default_rng(1)
+    asked, rows = unit(queries, rng), np.sort(rng.choice(n, queries, replace=False))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "base.f16"
+        block = unit(10_000, rng)
+        base = np.memmap(path, np.float16, "w+", shape=(n, DIMENSIONS))
+        for start in range(0, n, len(block)):
+            base[start : start + len(block)] = np.roll(block, start // len(block), axis=1)[: n - start]
+        base[rows] = asked
+        base.flush()
+        base = np.memmap(path, np.float16, "r", shape=(n, DIMENSIONS))
+        before, peak, done = anonymous_memory(), [0.0], threading.Event()
+
+        def watch():
+            while not done.wait(0.01):
+                peak[0] = max(peak[0], anonymous_memory())
+
+        threading.Thread(target=watch, daemon=True).start()
+        seconds, (similarity, index) = cpu_seconds(lambda: retrieval.nearest(asked, base, k))
+        done.set()
+        print(f"\n{queries} queries in {n:,} rows on disk ({path.stat().st_size / 1e9:.2f} GB of float16): ", end="")
+        print(f"{seconds:.2f} s, {max(peak[0] - before, 0):.2f} GB of memory beside the file's pages")
+    return bool((index[:, 0] == rows).all() and (similarity[:, 0] > 0.999).all())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, in seconds")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.quick:
+        same, planted = bench_peer(64, (2000, 8000)), bench_streaming(40_000)
+    else:
+        same, planted = bench_peer(512, (10_000, 30_000, 100_000)), bench_streaming(2_000_000)
+    if not (same and planted):
+        sys.exit("scores differ from the peer's, or a planted row was not found")
