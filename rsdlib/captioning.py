@@ -13,6 +13,7 @@ from rsdlib.errors import BadValueError, ModelNotFoundError
 from rsdlib.retrieval import nearest
 
 LENGTH = 48  # longest caption in tokens
+REPEAT = 3  # no run of so many tokens comes twice in a caption: "by rembrandt, by rembrandt, by ..." tells nothing
 
 
 class Captioner(nn.Module):
@@ -63,7 +64,7 @@ class Captioner(nn.Module):
         tokens[:, 0] = self.blip.config.text_config.bos_token_id
         return tokens
 
-    def caption(self, images, beams=1):
+    def caption(self, images, beams=3):
         """Caption uint8 images (b, 3, s, s), greedily or by beam search; special tokens are taken out.
 
         Returns
@@ -80,6 +81,7 @@ class Captioner(nn.Module):
                 encoder_hidden_states=states,
                 max_length=self.length,
                 num_beams=beams,
+                no_repeat_ngram_size=REPEAT,
                 do_sample=False,
                 eos_token_id=config.sep_token_id,
                 pad_token_id=config.pad_token_id,
@@ -144,7 +146,7 @@ def open_captioner(name, vocabulary_size=0, pretrained=True):
     return Captioner(blip, processor.tokenizer, vocabulary_size, colours.image_mean, colours.image_std)
 
 
-def caption_all(model, inputs, rows, beams=1, device="auto", batch_size=64):
+def caption_all(model, inputs, rows, beams=3, device="auto", batch_size=64):
     """Caption the images of some rows.
 
     Returns

@@ -225,6 +225,12 @@ _MINI_DATA = DataConfig(
     test_fraction=0.15,
     vocabulary_size=150,
 )
+_MINI_GENERATOR = "data/mini/stable-diffusion"
+_MINI_MODELS = {
+    "clip": BackboneConfig("open_clip", "data/mini/clip"),
+    "unet": BackboneConfig("diffusers", _MINI_GENERATOR),
+    "blip": BackboneConfig("blip", "data/mini/blip"),
+}
 
 PROFILES = {
     # Seconds a notebook: for tests.
@@ -234,12 +240,10 @@ PROFILES = {
         backbones={
             "vit": BackboneConfig("timm", "vit_tiny_patch16_224", False, _SMOKE_VIT, 64),
             "swin": BackboneConfig("timm", "swinv2_tiny_window8_256", False, _SMOKE_SWIN, 64),
-            "clip": BackboneConfig("open_clip", "data/mini/clip"),
             "clip-mlp": BackboneConfig("open_clip", "data/mini/clip", options={"mlp": [64, 64]}),
-            "unet": BackboneConfig("diffusers", "data/mini/stable-diffusion"),
-            "blip": BackboneConfig("blip", "data/mini/blip"),
+            **_MINI_MODELS,
         },
-        generator="data/mini/stable-diffusion",
+        generator=_MINI_GENERATOR,
         clusters=(4, 8, 16),
         train=TrainConfig(epochs=2, batch_size=32, lr=1e-3, warmup=0.1),
     ),
@@ -250,15 +254,14 @@ PROFILES = {
         backbones={
             "vit": BackboneConfig("timm", "data/mini/vit", image_size=64),
             "swin": BackboneConfig("timm", "data/mini/swin", image_size=64),
-            "clip": BackboneConfig("open_clip", "data/mini/clip"),
             "clip-mlp": BackboneConfig("open_clip", "data/mini/clip", options={"mlp": [512, 512]}),
-            "unet": BackboneConfig("diffusers", "data/mini/stable-diffusion"),
-            "blip": BackboneConfig("blip", "data/mini/blip"),
+            **_MINI_MODELS,
         },
-        generator="data/mini/stable-diffusion",
+        generator=_MINI_GENERATOR,
         clusters=(30, 100, 300),
         figures="figures",
-        train=TrainConfig(epochs=3, batch_size=32, lr=3e-4, warmup=0.1, weight_decay=0.05, save_every=50),
+        train=TrainConfig(epochs=3, batch_size=32, lr=1e-3, warmup=0.1, weight_decay=0.05, save_every=50),
+        train_overrides={"unet": {"epochs": 5, "lr": 2e-3}, "blip": {"epochs": 5}},
         head=HeadConfig(probe=True),
     ),
     # DiffusionDB and the real weights, on GPUs: the paper's settings (supplementary, section 7).

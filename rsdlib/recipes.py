@@ -537,7 +537,7 @@ def predict_run(folder, prepared, store, split, device="auto"):
     return runtime.cached_arrays(Path(folder) / f"predictions-{split}.safetensors", predict, made_from)["embedding"]
 
 
-def captions(model, prepared, store, split, beams=1, device="auto"):
+def captions(model, prepared, store, split, beams=3, device="auto"):
     """Return a captioner's captions of a split, stored in the cache under the model's weights and the images.
 
     Parameters
@@ -555,12 +555,12 @@ def captions(model, prepared, store, split, beams=1, device="auto"):
     list of str
         One for each row of the split that has an image.
     """
-    from rsdlib.captioning import caption_all
+    from rsdlib.captioning import LENGTH, REPEAT, caption_all
     from rsdlib.training import weights_key
 
     rows = prepared.rows(split)
     rows = rows[store.ok[rows]]
-    key = runtime.digest([weights_key(model), store.key, rows.tolist(), beams])
+    key = runtime.digest([weights_key(model), store.key, rows.tolist(), beams, LENGTH, REPEAT])
     path = runtime.cache_dir() / "captions" / f"{key}.json"
     if not path.exists():
         runtime.write_json(path, caption_all(model, store, rows, beams, device))

@@ -22,7 +22,7 @@ def stored(tmp_path):
         runtime.write_json(tmp_path / f"{name}.json", {"table": [four[method] for method in methods]})
     runtime.write_json(tmp_path / "05_curriculum.json", {"table 2": rows("table 2")})
     three = [{**row, "method": f"ours {i}"} for i, row in enumerate(rows("table 3"))]
-    runtime.write_json(tmp_path / "06_ensemble_dakl.json", {"table 3": three, "table 5": rows("table 5")})
+    runtime.write_json(tmp_path / "06_ensemble_dakl.json", {"table 3": three, "table 5": rows("table 5"), "fitted weights": []})
     captions = rows("table 1", "RefCLIPScore", MiniLM=estimate(tables.PAPER["table 4"]["BLIP"] / 2))
     runtime.write_json(tmp_path / "08_captioning.json", {"table 1": captions})
     return tmp_path
@@ -39,6 +39,16 @@ def test_ours_stand_beside_the_papers(stored):
 def test_method_without_a_number_in_the_paper_has_none():
     assert tables.beside("table 2", ["none", "ours, equal steps"]) == {"none": 0.6526}
     assert tables.beside("table 3", ["off", "r = 3"]) == {}, "by position only where all are there"
+
+
+def test_fitted_weights_of_all_models_close_table_5(stored):
+    path, fitted = (
+        stored / "06_ensemble_dakl.json",
+        [{"method": f"{name}, fitted", "cosine": estimate(0.5)} for name in ("CU", "CUSV")],
+    )
+    runtime.write_json(path, {**runtime.read_json(path), "fitted weights": fitted})
+    last = tables.collect(stored)["table 5"][-1]
+    assert (last["method"], last["paper"]) == ("CUSV, fitted", None)
 
 
 def test_ensembles_are_the_single_scores_of_the_framework():
