@@ -403,8 +403,8 @@ def _fit_affine(Z, Y, gamma, alpha, tol, seed):
     """Solve with K' replaced by its line in the cosine, and certify the error.
 
     L = F D F^T with F = [1, Z] (n, 1 + d) and D = diag(intercept, slope, ..., slope). Orthogonal axes O of F D, F D = O Q^T,
-    turn L_s into the features U_s = F_s Q, whose ridge is ``theta = (U_s^T U_s + alpha I)^-1 U_s^T Y``. To first order the error is
-    ``U_t (U_s^T U_s + alpha I)^-1 (O^T R_s^T E - U_s^T R_s O theta) + R_t O theta`` with the fit's residual E = Y - U_s theta.
+    turn L_s into the features U_s = F_s Q, whose ridge is ``theta = A^-1 U_s^T Y`` with A = U_s^T U_s + alpha I. To first order the
+    error is ``U_t A^-1 (O^T R_s^T E - U_s^T R_s O theta) + R_t O theta`` with the fit's residual E = Y - U_s theta.
 
     Parameters
     ----------
@@ -433,28 +433,24 @@ def _fit_affine(Z, Y, gamma, alpha, tol, seed):
     # F^T F = root root^T, so Q = D root; what is added to the diagonal is below rounding.
     root = np.linalg.cholesky(gram_s + gram_t + 10 * np.finfo(float).eps * len(Z) * np.eye(len(scale)))
     q = scale[:, None] * root
-    strengths, turn = np.linalg.eigh(q.T @ gram_s @ q)
-    q, strengths = q @ turn, np.maximum(strengths, 0)  # U_s^T U_s is now diagonal
-    shrink = 1 / (strengths + alpha)
-    theta = shrink[:, None] * (q.T @ _moments(S, Y))
-    coef = q @ theta
+    half = np.linalg.inv(np.linalg.cholesky(q.T @ gram_s @ q + alpha * np.eye(len(scale))))  # A^-1 = half^T half, A the system
+    axes = q @ half.T
+    beta = axes.T @ _moments(S, Y)
+    theta, coef = half.T @ beta, axes @ beta
     predictor = _Affine(coef, line, gamma, S[:: -(-len(S) // 16)])
 
-    gram_t = q.T @ gram_t @ q  # U_t^T U_t
-    norm = np.sqrt(np.einsum("pq,pq->", theta, gram_t @ theta))  # of the target predictions
-    grams = [  # of U_t (U_s^T U_s + alpha I)^-1, the same times U_s^T, E, and theta
-        *(gram_t * np.outer(g, g) for g in (shrink, shrink * np.sqrt(strengths))),
-        Y.T @ Y - theta.T @ ((strengths + 2 * alpha)[:, None] * theta),
-        theta.T @ theta,
-    ]
+    passed = axes.T @ gram_t @ axes  # of U_t A^-1/2
+    norm = np.sqrt(np.einsum("pq,pq->", beta, passed @ beta))  # of the target predictions
+    # Grams of U_t A^-1, of U_t A^-1 U_s^T (with A for U_s^T U_s: a little larger), of E and of theta.
+    grams = [half.T @ passed @ half, passed, Y.T @ Y - beta.T @ beta - alpha * theta.T @ theta, theta.T @ theta]
     for square in (np.linalg.norm, _largest):  # of the spectral norm: a cheap bound, then itself
-        spread, passed, unexplained, explained = (np.sqrt(square(gram)) for gram in grams)
-        gain = spread * unexplained + (passed + 1) * explained
+        spread, through, unexplained, explained = (np.sqrt(square(gram)) for gram in grams)
+        gain = spread * unexplained + (through + 1) * explained
         if size * gain / norm <= tol:
             return predictor, float(size * gain / norm)
 
     parabola, asked = curve - np.append(line, 0), T[:: -(-len(T) // 4096)]
-    residual, onto = Y - coef[0] - S @ coef[1:], np.linalg.inv(root @ turn)  # E (r, q); O^T v = onto F^T v
+    residual, onto = Y - coef[0] - S @ coef[1:], np.linalg.inv(root)  # E (r, q); O^T v = onto F^T v
     errors = []
     for column in runtime.rng("DAKL probes", seed).normal(size=(3, Y.shape[1])):
         left = residual @ column  # E (r,)
@@ -462,7 +458,7 @@ def _fit_affine(Z, Y, gamma, alpha, tol, seed):
         linear, quadratic = _parabola(parabola, Z, back[0] + Z @ back[1:])  # R O theta as a function of x
         turned = onto @ _moments(Z, _evaluate(_parabola(parabola, S, left), Z))
         turned -= q.T @ _moments(S, _evaluate((linear, quadratic), S))
-        errors.append(_evaluate((linear + q @ (shrink * turned), quadratic), asked))
+        errors.append(_evaluate((linear + axes @ (half @ turned), quadratic), asked))
     first_order = np.sqrt(len(T) * np.square(errors).mean())
     remainder = _residual_norm(cosines, gamma, curve, len(Z)) * gain
     return predictor, float((3 * first_order + remainder) / norm)

@@ -23,13 +23,21 @@ PAPER = {
         **{"CUS": 0.6900, "CUV": 0.6901, "CSV": 0.6901, "USV": 0.6820, "CUSV": 0.6917},
     },
 }
-SINGLE = {f"{name} + MLC + CL": PAPER["table 5"][name[0].upper()] for name in ("clip", "unet", "swin", "vit")}  # from table 5
+SINGLE = {f"{name} + MLC + CL": PAPER["table 5"][name[0].upper()] for name in ("clip", "swin", "vit", "unet")}  # from table 5
 TITLES = {
     "table 1": "Captioning (RefCLIPScore)",
     "table 2": "Curricula, ViT",
     "table 3": "DAKL: number of centroids and width of the kernel",
-    "table 4": "Vanilla training, and what needs none",
+    "table 4": "Vanilla training, what needs none, and what vocabulary head and curriculum add",
     "table 5": "Ensembles of C(LIP), U(-Net), S(win) and V(iT), with vocabulary head and curriculum",
+}
+VANILLA = ("clip", "swin", "vit", "unet")
+GAINS = {  # which of a row's comparisons is shown, the first that it has
+    "table 1": ["gain in RefCLIPScore"],
+    "table 2": ["gain over none"],
+    "table 3": ["gain over off"],
+    "table 4": [*(f"gain over {name}" for name in VANILLA), "gain over mean embedding"],
+    "table 5": ["gain over it"],
 }
 
 
@@ -44,7 +52,8 @@ def collect(folder):
     Returns
     -------
     dict of str to list of dict
-        For each key of `PAPER` the rows: ``method``, ``score`` (mean, low, high) and ``paper``, its number or None.
+        For each key of `PAPER` the rows: ``method``, ``score`` (mean, low, high), ``gain`` (``over`` which method, ``difference``,
+        ``p`` of the paired test) or None, and ``paper``, its number or None.
 
     Raises
     ------
@@ -61,18 +70,37 @@ def collect(folder):
     captions, ensembles = read("08_captioning")["table 1"], read("06_ensemble_dakl")
     single = {row["method"]: row for name in ("01_vit", "02_swin", "03_clip", "04_unet") for row in read(name)["table"]}
     blip = next(row for row in captions if row["method"] == "BLIP")
+    single["BLIP"] = {"method": "BLIP", "cosine": blip["MiniLM"]}
+    longer = [f"{name}{more}" for name in VANILLA for more in (" + MLC", " + MLC + CL")]
     found = {
-        "table 1": [(row["method"], row["RefCLIPScore"]) for row in captions],
-        "table 2": [(row["method"], row["cosine"]) for row in read("05_curriculum")["table 2"]],
-        "table 3": [(row["method"], row["cosine"]) for row in ensembles["table 3"]],
-        "table 4": [(name, blip["MiniLM"] if name == "BLIP" else single[name]["cosine"]) for name in PAPER["table 4"]],
-        "table 5": [(row["method"], row["cosine"]) for row in ensembles["table 5"] + ensembles["fitted weights"][-1:]],
+        "table 1": captions,
+        "table 2": read("05_curriculum")["table 2"],
+        "table 3": ensembles["table 3"],
+        "table 4": [single[name] for name in [*PAPER["table 4"], *longer] if name in single],
+        "table 5": ensembles["table 5"] + ensembles["fitted weights"][-1:],
     }
-    paper = {table: beside(table, [method for method, _ in rows]) for table, rows in found.items()}
-    return {
-        table: [{"method": method, "score": score, "paper": paper[table].get(method)} for method, score in rows]
-        for table, rows in found.items()
-    }
+    rows = {}
+    for table, those in found.items():
+        paper = beside(table, [row["method"] for row in those])
+        rows[table] = [
+            {
+                "method": row["method"],
+                "score": row["RefCLIPScore" if table == "table 1" else "cosine"],
+                "gain": _gain(row, GAINS[table]),
+                "paper": paper.get(row["method"]),
+            }
+            for row in those
+        ]
+    return rows
+
+
+def _gain(row, names):
+    """Return the first of a row's paired comparisons that is among `names`: ``over``, ``difference`` and ``p``; None without."""
+    for name in names:
+        if name in row:
+            over = row[name].get("over") or row.get("best member") or name.removeprefix("gain over ")
+            return {"over": over, "difference": row[name]["difference"], "p": row[name]["p"]}
+    return None
 
 
 def beside(table, methods):
@@ -82,17 +110,23 @@ def beside(table, methods):
     """
     if table == "table 3":
         return dict(zip(methods, PAPER[table].values(), strict=False)) if len(methods) >= len(PAPER[table]) else {}
-    return {method: PAPER[table][method] for method in methods if method in PAPER[table]}
+    known = {**PAPER[table], **(SINGLE if table == "table 4" else {})}
+    return {method: known[method] for method in methods if method in known}
 
 
 def markdown(tables):
     """Return `collect`'s tables as Markdown."""
     lines = []
     for number, (table, rows) in enumerate(tables.items(), 1):
-        lines += [f"**Table {number}. {TITLES[table]}**", "", "| method | ours, 95 % interval | the paper |", "|---|---|---|"]
+        lines += [f"**Table {number}. {TITLES[table]}**", "", "| method | ours, 95 % interval | gain, paired test | the paper |"]
+        lines.append("|---|---|---|---|")
         for row in rows:
-            score, paper = row["score"], "" if row["paper"] is None else f"{row['paper']:.4f}"
-            lines.append(f"| {row['method']} | {score['mean']:.4f} [{score['low']:.4f}, {score['high']:.4f}] | {paper} |")
+            score, gain, paper = row["score"], "", "" if row["paper"] is None else f"{row['paper']:.4f}"
+            if row["gain"]:
+                difference, p = row["gain"]["difference"], row["gain"]["p"]
+                interval = f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+                gain = f"{interval} over {row['gain']['over']}, p = {p:.2g}"
+            lines.append(f"| {row['method']} | {score['mean']:.4f} [{score['low']:.4f}, {score['high']:.4f}] | {gain} | {paper} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -1,5 +1,7 @@
 """Every backbone at the paper's size: its real architecture with random weights, one step forward and back at batch 1."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from rsdlib.losses import JointObjective
 from rsdlib.model import PromptRegressor
 
 PAPER = config.profile("paper")
-SD2 = {  # the U-Net of Stable Diffusion 2 base
+UNET = {
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
@@ -17,10 +19,11 @@ SD2 = {  # the U-Net of Stable Diffusion 2 base
     "layers_per_block": 2,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "attention_head_dim": (5, 10, 20, 20),
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
 }
+SD1 = {**UNET, "attention_head_dim": 8, "cross_attention_dim": 768}  # Stable Diffusion 1.4
+SD2 = {**UNET, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}  # 2 base
+TEXT1 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+TEXT2 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
 
 
 def step(encoder, inputs):
@@ -68,3 +71,69 @@ def test_unet_encoder():
     encoder.unet.enable_gradient_checkpointing()
     assert encoder.features == 1280
     assert step(encoder, torch.zeros(1, 4, 64, 64)) == pytest.approx(344, rel=0.05)
+
+
+def pipeline(unet_config, text_config):
+    """Build a Stable Diffusion pipeline of the real architecture with random weights; only the tokenizer knows few words."""
+    import tiny
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    from wordpieces import clip_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(tiny.PROMPTS, size=560)
+    tokenizer.model_max_length = 77
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    made = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49_408, max_position_embeddings=77, **text_config, **special)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**unet_config),
+        scheduler=PNDMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("unet_config", "text_config"), [(SD1, TEXT1), (SD2, TEXT2)], ids=["SD 1.4", "SD 2 base"])
+def test_swap(unet_config, text_config):
+    """No bit changes without a swap, an early one changes the image, and only the encoder's own size is added to the memory."""
+    import diffusers
+    import tiny
+
+    from rsdlib import diffusion, swap
+
+    pipe = pipeline(unet_config, text_config)
+    context = torch.zeros(77, unet_config["cross_attention_dim"])
+    encoder = unet.UNetEncoder(copy.deepcopy(pipe.unet), context)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p *= 1.05
+    prompts, options = tiny.PROMPTS[:2], {"steps": 4, "guidance": 3.0, "height": 64, "width": 64}
+    for scheduler in ("PNDMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"):
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        plain, never, early, late = (
+            diffusion.sample(each, prompts, [1, 2], **options)
+            for each in (pipe, *(swap.swap_encoder(pipe, encoder, start) for start in (1.0, 1, 3)))
+        )
+        np.testing.assert_array_equal(never, plain)
+        apart = [np.abs(images.astype(int) - plain).mean() for images in (early, late)]
+        assert apart[0] > apart[1] > 0, scheduler
+    swapped = swap.swap_encoder(pipe, encoder, 1)
+    here = {p.data_ptr() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()}
+    parts = (swapped.unet, swapped.vae, swapped.text_encoder)
+    added = {p.data_ptr(): p.numel() for part in parts for p in part.parameters() if p.data_ptr() not in here}
+    assert sum(added.values()) == sum(p.numel() for p in encoder.parameters())

@@ -51,6 +51,22 @@ def test_fitted_weights_of_all_models_close_table_5(stored):
     assert (last["method"], last["paper"]) == ("CUSV, fitted", None)
 
 
+def test_gains_say_over_what(stored):
+    test = {"difference": {"mean": 0.02, "low": 0.01, "high": 0.03}, "p": 0.001}
+    path = stored / "01_vit.json"
+    vit = runtime.read_json(path)["table"][0]
+    better = {"method": "vit + MLC + CL", "cosine": estimate(0.6), "gain over mean embedding": test, "gain over vit": test}
+    runtime.write_json(path, {"table": [{**vit, "gain over mean embedding": test}, better]})
+    five = runtime.read_json(stored / "06_ensemble_dakl.json")
+    five["table 5"][4] |= {"best member": "clip", "gain over it": test}
+    runtime.write_json(stored / "06_ensemble_dakl.json", five)
+    found = tables.collect(stored)
+    over = {row["method"]: row["gain"]["over"] for row in found["table 4"] + found["table 5"] if row["gain"]}
+    assert over == {"vit": "mean embedding", "vit + MLC + CL": "vit", "CU": "clip"}
+    assert found["table 4"][-1]["paper"] == tables.PAPER["table 5"]["V"]
+    assert "| +0.0200 [+0.0100, +0.0300] over vit, p = 0.001 | 0.6550 |" in tables.markdown(found)
+
+
 def test_ensembles_are_the_single_scores_of_the_framework():
     assert tables.SINGLE["clip + MLC + CL"] == tables.PAPER["table 5"]["C"]
 
@@ -69,7 +85,7 @@ def test_tables_go_between_their_marks_and_nowhere_else(stored):
     assert once.endswith("\nafter\n")
     assert "old" not in once
     assert once.count("| method |") == 5
-    assert "| CBS | 0.3127 [0.3027, 0.3227] | 0.6254 |" in once
+    assert "| CBS | 0.3127 [0.3027, 0.3227] |  | 0.6254 |" in once
     assert tables.insert(once, found) == once
     with pytest.raises(CacheError, match="no place for tables"):
         tables.insert("nothing", found)
