@@ -6,8 +6,10 @@ import difflib
 import json
 import os
 import re
+import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -195,6 +197,7 @@ def reproduce(
     profile: Literal["smoke", "mini", "paper"] = "mini",
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None,
     only: str | None = None,
+    jobs: int = 0,
 ):
     """Run all notebooks in order, and say what came out.
 
@@ -202,20 +205,20 @@ def reproduce(
         profile: the size: smoke (a minute), mini (a laptop) or paper (GPUs, DiffusionDB).
         from_: begin with this notebook.
         only: run this one alone.
+        jobs: notebooks that run at a time, each in its share of the cores; 0 takes two, or one on a GPU.
     """
     names = list(notebooks())
     if only is not None:
         names = [find_notebook(only).stem]
     elif from_ is not None:
         names = names[names.index(find_notebook(from_).stem) :]
+    if jobs < 0:
+        raise ConfigError(f"jobs = {jobs} is no number of notebooks", "Use 1 or more.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = jobs or (1 if runtime.device("auto").type == "cuda" else min(2, cores))
     figures = config.profile(profile).figures
     parameters = {"profile": profile, **({"figures": str(runtime.root() / figures)} if figures else {})}
-    rows = []
-    for number, name in enumerate(names, 1):
-        runtime.log(f"[{number}/{len(names)}] {name}")
-        started, clock = time.time(), time.monotonic()
-        run_notebook(name, parameters)
-        rows.append((name, time.monotonic() - clock, _new_files(started)))
+    rows = sorted(_run_all(names, parameters, jobs, cores))
     runtime.log("\nnotebook                 seconds  new files")
     for name, seconds, files in rows:
         runtime.log(f"{name:<24} {seconds:>7.0f}  {', '.join(files) or '-'}")
@@ -226,9 +229,63 @@ def reproduce(
         runtime.log(f"{path.parent.name:<32} test cosine {cosine['mean']:.4f} [{cosine['low']:.4f}, {cosine['high']:.4f}]  {found}")
 
 
-def _new_files(since):
-    """Return the figures and results written since a time."""
-    places = ("figures/**/*.png", "runs/*/figures-*/*.png", "runs/*/*/results.json")
+# Whose runs a notebook reads: alone it trains them itself, beside the other both would. All need 00, and 09 needs all.
+_READS = {"05": ("01",), "06": ("01", "02", "03", "04"), "07": ("04",), "08": ("03",)}
+
+
+def _waits_for(name, names):
+    """Return which of `names` have to be done before a notebook may begin."""
+    number = name[:2]
+    read = [other[:2] for other in names] if number == "09" else ["00", *_READS.get(number, ())]
+    return {other for other in names if other != name and other[:2] in read and number != "00"}
+
+
+def _run_all(names, parameters, jobs, cores):
+    """Run notebooks, `jobs` at a time, in order as far as they do not wait for each other: list of name, seconds, new files."""
+    waiting, running, children, rows, failed = list(names), {}, [], [], None
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while running or (waiting and not failed):
+                done = {name for name, _, _ in rows}
+                ready = [name for name in waiting if not (_waits_for(name, names) - done)]
+                for name in () if failed else ready[: jobs - len(running)]:
+                    waiting.remove(name)
+                    runtime.log(f"[{len(names) - len(waiting)}/{len(names)}] {name}")
+                    alone = len(names) == 1 or name[:2] in ("00", "09")
+                    threads = cores if alone else max(cores // jobs, 1)
+                    running[pool.submit(_run_apart, name, parameters, threads, children)] = name
+                for finished in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(finished)
+                    try:
+                        rows.append((name, *finished.result()))
+                    except NotebookError as error:  # what runs beside it goes on to its end
+                        failed = failed or error
+        finally:
+            for child in children:
+                child.terminate()
+    if failed:
+        raise failed
+    return rows
+
+
+def _run_apart(name, parameters, threads, children):
+    """Run a notebook in a process of its own, its lines marked with its number; return seconds and new files."""
+    started, clock = time.time(), time.monotonic()
+    options = [word for pair in parameters.items() for word in ("-p", *pair)]
+    command = [sys.executable, "-m", "rsdlib.cli", "run", name, *options]
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        children.append(process)
+        for line in process.stdout:
+            runtime.log(f"{name[:2]} | {line.rstrip()}")
+    if process.returncode:
+        raise NotebookError(f"{name} failed", "See its lines above.", exit_code=process.returncode)
+    return time.monotonic() - clock, _new_files(name, started)
+
+
+def _new_files(name, since):
+    """Return the figures and tables that a notebook has written since a time."""
+    places = (f"figures/{name[:2]}_*", f"runs/*/figures-*/{name[:2]}_*")
     files = (path for place in places for path in runtime.root().glob(place))
     return [runtime.relative(path) for path in sorted(files) if path.stat().st_mtime >= since]
 

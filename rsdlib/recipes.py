@@ -450,7 +450,7 @@ def predict_baselines(scores, before, after, neighbours=(1, 4, 16, 64), device="
     dict
         Chosen k of each k-NN.
     """
-    from rsdlib.training import apply
+    from rsdlib.backbones import FeatureStore
 
     prepared, store = scores.prepared, scores.store
     train, val = (rows[store.ok[rows]] for rows in (prepared.rows("train"), prepared.rows("val")))
@@ -458,10 +458,8 @@ def predict_baselines(scores, before, after, neighbours=(1, 4, 16, 64), device="
     scores.predictions[MEAN] = np.repeat(mean, len(scores.rows), axis=0)
     chosen = {}
     for name, model in ((KNN_BEFORE, before), (KNN_AFTER, after)):
-        base, own, queries = (
-            apply(model.backbone, store, rows, device=device, description=f"features of {what}")
-            for rows, what in ((train, "train"), (val, "val"), (scores.rows, scores.split))
-        )
+        features = FeatureStore.build(store, model.backbone, device=device)
+        base, own, queries = map(features.batch, (train, val, scores.rows))
         chosen[name] = _regress(scores, name, queries, own, base, (train, val), neighbours)
     return chosen
 

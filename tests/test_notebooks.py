@@ -153,6 +153,46 @@ def test_failures_exit_with_one_clear_line(tmp_path, cell, code, words):
     assert words in lines[0]
 
 
+STAMP = """
+import os, time
+from pathlib import Path
+begin = time.time()
+Path(os.environ["RSD_ROOT"], "NAME.log").write_text(f"{begin} {time.time()} {os.environ['OMP_NUM_THREADS']}")
+"""
+
+
+def test_reproduce_runs_side_by_side_what_does_not_wait(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "notebooks").mkdir()
+    names = ["00_a", "01_b", "02_c", "05_d", "09_e"]
+    for name in names:
+        toy_notebook(tmp_path, STAMP.replace("NAME", name)).rename(tmp_path / "notebooks" / f"{name}.ipynb")
+    done = rsd("reproduce", "--profile", "smoke", "--jobs", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: (tmp_path / f"{name}.log").read_text().split() for name in names}
+    begin, end = ({name: float(values[i]) for name, values in found.items()} for i in (0, 1))
+    assert end["00_a"] <= min(begin["01_b"], begin["02_c"])
+    assert end["01_b"] <= begin["05_d"]
+    assert max(end[name] for name in names[:-1]) <= begin["09_e"]
+    cores = len(os.sched_getaffinity(0))
+    assert {name: int(values[2]) for name, values in found.items()} == {
+        name: cores if name[:2] in ("00", "09") else max(cores // 2, 1) for name in names
+    }
+    assert "[5/5] 09_e" in done.stdout
+    assert "05 | done in" in done.stdout
+
+
+def test_reproduce_stops_after_a_failure(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    for name, cell in {"00_a": "pass", "01_b": "raise ValueError('broken on purpose')", "09_e": "pass"}.items():
+        toy_notebook(tmp_path, cell).rename(tmp_path / "notebooks" / f"{name}.ipynb")
+    done = rsd("reproduce", "--profile", "smoke", "--jobs", "2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "01 | rsd: 01_b failed in cell" in done.stdout
+    assert "09_e" not in done.stdout
+    assert done.stderr.splitlines()[-1] == "rsd: 01_b failed. See its lines above."
+
+
 def test_a_path_means_that_very_file(project, tmp_path):
     """Also where an edited copy is called like one of the project's notebooks."""
     mine = toy_notebook(tmp_path, "pass").rename(tmp_path / "01_train_vit.ipynb")
