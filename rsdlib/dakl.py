@@ -297,11 +297,15 @@ class DAKL(BaseEstimator):
             usual = self.predictor_.residual(self.landmarks_[len(self.centroid_targets_) :])
             if self.error_ * self.predictor_.residual(rows) > 3 * self.tol * usual:
                 raise BadValueError("these rows are unlike those of the fit: the affine form may err", "Fit with solver='primal'.")
-        return _rows(self.predictor_.predict(rows), "the prediction").astype(np.float32)
+        return self._answer(rows)
 
     def fit_predict(self, X, Y, X_target):
         """Return ``fit(X, Y, X_target).predict(X_target)``."""
-        return self.fit(X, Y, X_target).predict(X_target)
+        self.fit(X, Y, X_target)
+        return self._answer(self.landmarks_[len(self.centroid_targets_) :])
+
+    def _answer(self, rows):
+        return _rows(self.predictor_.predict(rows), "the prediction").astype(np.float32)
 
     def _rows_like_source(self, values):
         rows = _matrix(values, "X_target")
@@ -391,11 +395,13 @@ class _Affine:
     centroids: np.ndarray  # some of them (c, d)
 
     def predict(self, rows):
-        return self.coef[0] + rows @ self.coef[1:]
+        found = rows @ self.coef[1:]
+        found += self.coef[0]
+        return found
 
     def residual(self, rows):
-        """Return the median of |k' - line| over the cosines of at most 4,096 rows to some centroids."""
-        rows = rows[:: -(-len(rows) // 4096)]
+        """Return the median of |k' - line| over the cosines of at most 1,024 rows to some centroids."""
+        rows = rows[:: -(-len(rows) // 1024)]
         return float(np.median(np.abs(_residual((rows @ self.centroids.T).ravel(), self.gamma, self.line))))
 
 
@@ -420,6 +426,8 @@ def _fit_affine(Z, Y, gamma, alpha, tol, seed):
     error : float
         Infinite, without a predictor, where R is too large for a first-order certificate.
     """
+    from scipy.linalg import solve_triangular
+
     S, T = Z[: len(Y)], Z[len(Y) :]
     first, step = runtime.rng("DAKL pairs", seed).integers([[0], [1]], len(Z), size=(2, 2**12))  # no row with itself
     cosines = np.einsum("pd,pd->p", Z[first], Z[(first + step) % len(Z)])
@@ -433,7 +441,8 @@ def _fit_affine(Z, Y, gamma, alpha, tol, seed):
     # F^T F = root root^T, so Q = D root; what is added to the diagonal is below rounding.
     root = np.linalg.cholesky(gram_s + gram_t + 10 * np.finfo(float).eps * len(Z) * np.eye(len(scale)))
     q = scale[:, None] * root
-    half = np.linalg.inv(np.linalg.cholesky(q.T @ gram_s @ q + alpha * np.eye(len(scale))))  # A^-1 = half^T half, A the system
+    system = np.linalg.cholesky(q.T @ gram_s @ q + alpha * np.eye(len(scale)))  # of A
+    half = solve_triangular(system, np.eye(len(scale)), lower=True)  # A^-1 = half^T half
     axes = q @ half.T
     beta = axes.T @ _moments(S, Y)
     theta, coef = half.T @ beta, axes @ beta
@@ -441,10 +450,7 @@ def _fit_affine(Z, Y, gamma, alpha, tol, seed):
 
     passed = axes.T @ gram_t @ axes  # of U_t A^-1/2
     norm = np.sqrt(np.einsum("pq,pq->", beta, passed @ beta))  # of the target predictions
-    # Grams of U_t A^-1, of U_t A^-1 U_s^T (with A for U_s^T U_s: a little larger), of E and of theta.
-    grams = [half.T @ passed @ half, passed, Y.T @ Y - beta.T @ beta - alpha * theta.T @ theta, theta.T @ theta]
-    for square in (np.linalg.norm, _largest):  # of the spectral norm: a cheap bound, then itself
-        spread, through, unexplained, explained = (np.sqrt(square(gram)) for gram in grams)
+    for spread, through, unexplained, explained in _norms(half, passed, Y, beta, theta, alpha):
         gain = spread * unexplained + (through + 1) * explained
         if size * gain / norm <= tol:
             return predictor, float(size * gain / norm)
@@ -464,9 +470,14 @@ def _fit_affine(Z, Y, gamma, alpha, tol, seed):
     return predictor, float((3 * first_order + remainder) / norm)
 
 
-def _largest(gram):
-    """Return the largest eigenvalue of a Gram matrix."""
-    return max(np.linalg.eigvalsh(gram)[-1], 0)
+def _norms(half, passed, Y, beta, theta, alpha):
+    """Bound the spectral norms of U_t A^-1, of U_t A^-1 U_s^T (with A for U_s^T U_s), of E and of theta, ever closer."""
+    reach, left = half.T @ passed @ half, np.square(Y).sum() - np.square(beta).sum() - alpha * np.square(theta).sum()
+    yield np.sqrt(np.linalg.norm(reach)), np.sqrt(np.linalg.norm(passed)), np.sqrt(max(left, 0)), np.linalg.norm(theta)
+    known = theta.T @ theta
+    grams = reach, passed, Y.T @ Y - beta.T @ beta - alpha * known, known
+    yield [np.sqrt(np.linalg.norm(gram)) for gram in grams]
+    yield [np.sqrt(max(np.linalg.eigvalsh(gram)[-1], 0)) for gram in grams]
 
 
 def _fit_polynomial(cosines, gamma, degree):
