@@ -274,6 +274,7 @@ def test_vocabulary_counts_prompts_and_keeps_nouns_adjectives_verbs():
 
 
 def test_encode_finds_words_as_they_were_counted():
+    """L2: the original counts lower-cased words and looks them up in the prompt's own case."""
     vocabulary = prompts.Vocabulary.fit(["portrait of a café", "portrait of a cat"])
     assert set(vocabulary.words) == {"portrait", "café", "cat"}
     same = ["Portrait, CAFÉ", "portrait cafe\u0301", "ＰＯＲＴＲＡＩＴ in a caf\u200bé\ud800"]
