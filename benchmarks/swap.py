@@ -50,13 +50,13 @@ def main(images, steps, rounds):
     own = sum(p.numel() * p.element_size() for p in encoder.unet.parameters())
     whole = sum(before.values())
     print(f"memory added {added / 1e6:.2f} MB, the encoder's own {own / 1e6:.2f} MB, the pipeline's {whole / 1e6:.2f} MB")
-    return overhead <= 0.02 and added <= own
+    return overhead, added <= own
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images and rounds, which decide nothing about time")
     arguments = parser.parse_args()
-    kept = main(4, 4, 1) if arguments.quick else main(32, 20, 9)
-    if not (kept or arguments.quick):
+    overhead, small = main(4, 4, 1) if arguments.quick else main(32, 20, 9)
+    if not small or (overhead > 0.02 and not arguments.quick):
         sys.exit("the swap costs more than 2 % of time, or more memory than the encoder's own")

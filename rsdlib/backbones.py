@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rsdlib import data, registry, runtime, training
-from rsdlib.errors import ConfigError, ModelNotFoundError
+from rsdlib.errors import BadValueError, ConfigError, ModelNotFoundError
 
 
 class Encoder(nn.Module):
@@ -92,9 +92,9 @@ class FeatureStore:
 
         Parameters
         ----------
-        store : rsdlib.data.ImageStore
+        store : rsdlib.data.ImageStore or FeatureStore
         front : nn.Module
-            Maps uint8 images (b, 3, s, s) to a tensor (b, ...).
+            Maps what the store holds, such as uint8 images (b, 3, s, s), to a tensor (b, ...).
         folder : path-like, optional
             Where shards lie; ``data/cache/features`` by default. Can be deleted at any time.
         device : str
@@ -110,7 +110,13 @@ class FeatureStore:
             part, note = rows[start : start + _SHARD], f"computing features, shard {number + 1} of {len(starts)}"
 
             def compute(part=part, note=note):
-                return {"features": training.apply(front, store, part, device=device, description=note).astype(np.float16)}
+                with np.errstate(over="ignore"):
+                    found = training.apply(front, store, part, device=device, description=note).astype(np.float16)
+                if not np.isfinite(found).all():
+                    raise BadValueError(
+                        "the network's features are not finite in float16", "It may have diverged: train with a lower lr."
+                    )
+                return {"features": found}
 
             shards.append(runtime.cached_arrays(folder / f"{key}-{number:05d}.safetensors", compute)["features"])
         return cls(store, shards, key)

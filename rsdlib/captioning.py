@@ -158,25 +158,26 @@ def caption_all(model, inputs, rows, beams=3, device="auto", batch_size=64):
     on, found = runtime.device(device), []
     model.to(on)
     with evaluating(model):
-        for start in runtime.track(range(0, len(rows), batch_size), "captioning", -(-len(rows) // batch_size)):
+        for start in runtime.track(range(0, len(rows), batch_size), "captioning"):
             images = torch.from_numpy(inputs.batch(rows[start : start + batch_size])).to(on)
             found += model.caption(images, beams)
     return found
 
 
-def shows(caption, thing):
+def shows(caption, *names):
     """Tell whether a caption names a thing, in the singular or the plural.
 
     Parameters
     ----------
     caption : str
-    thing : str
-        One or more words, in the singular.
+    *names : str
+        What the thing may be called: one or more words each, in the singular.
     """
     from textblob.en.inflect import singularize
 
     words = re.findall(r"[a-z]+", caption.lower())
-    return set(thing.lower().split()) <= {*words, *map(singularize, words)}
+    said = {*words, *map(singularize, words)}
+    return any(said.issuperset(re.findall(r"[a-z]+", name.lower())) for name in names)
 
 
 def nearest_prompts(embeddings, bank, prompts):

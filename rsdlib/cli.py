@@ -6,8 +6,10 @@ import difflib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -229,25 +231,32 @@ def reproduce(
         runtime.log(f"{path.parent.name:<32} test cosine {cosine['mean']:.4f} [{cosine['low']:.4f}, {cosine['high']:.4f}]  {found}")
 
 
-# Whose runs a notebook reads: alone it trains them itself, beside the other both would. All need 00, and 09 needs all.
-_READS = {"05": ("01",), "06": ("01", "02", "03", "04"), "07": ("04",), "08": ("03",)}
+# Whose runs a notebook reads: alone it trains them itself, side by side both would. All wait for 00, and 09 waits for all.
+_READS = {"05": {"01"}, "06": {"01", "02", "03", "04"}, "07": {"04"}, "08": {"03"}}
 
 
 def _waits_for(name, names):
-    """Return which of `names` have to be done before a notebook may begin."""
-    number = name[:2]
-    read = [other[:2] for other in names] if number == "09" else ["00", *_READS.get(number, ())]
-    return {other for other in names if other != name and other[:2] in read and number != "00"}
+    """Return which of `names`, in order, have to be done before a notebook may begin."""
+    before = names[: names.index(name)]
+    here, own = {other[:2] for other in names}, _READS.get(name[:2], set())
+    absent = own - here  # whoever comes first trains these
+
+    def needed(number):
+        return number in {"00", name[:2], *own} or name[:2] == "09" or absent & _READS.get(number, set())
+
+    return {other for other in before if needed(other[:2])}
 
 
 def _run_all(names, parameters, jobs, cores):
     """Run notebooks, `jobs` at a time, in order as far as they do not wait for each other: list of name, seconds, new files."""
     waiting, running, children, rows, failed = list(names), {}, [], [], None
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children end as well
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while running or (waiting and not failed):
                 done = {name for name, _, _ in rows}
                 ready = [name for name in waiting if not (_waits_for(name, names) - done)]
+                ready.sort(key=lambda name: name[:2] != "08")  # the longest first: what begins last ends last
                 for name in () if failed else ready[: jobs - len(running)]:
                     waiting.remove(name)
                     runtime.log(f"[{len(names) - len(waiting)}/{len(names)}] {name}")
@@ -263,6 +272,7 @@ def _run_all(names, parameters, jobs, cores):
         finally:
             for child in children:
                 child.terminate()
+            signal.signal(signal.SIGTERM, before)
     if failed:
         raise failed
     return rows
@@ -274,12 +284,20 @@ def _run_apart(name, parameters, threads, children):
     options = [word for pair in parameters.items() for word in ("-p", *pair)]
     command = [sys.executable, "-m", "rsdlib.cli", "run", name, *options]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        children.append(process)
-        for line in process.stdout:
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    child = subprocess.Popen(command, env=environment, **pipe)
+    children.append(child)
+
+    def relay():
+        for line in child.stdout:
             runtime.log(f"{name[:2]} | {line.rstrip()}")
-    if process.returncode:
-        raise NotebookError(f"{name} failed", "See its lines above.", exit_code=process.returncode)
+
+    reader = threading.Thread(target=relay, daemon=True)
+    reader.start()
+    code = child.wait()
+    reader.join(5)  # no longer: what a killed kernel leaves behind may hold the pipe open
+    if code:
+        raise NotebookError(f"{name} failed", "See its lines above.", exit_code=138 if code < 0 else code)
     return time.monotonic() - clock, _new_files(name, started)
 
 
@@ -322,21 +340,21 @@ def predict(
 
     Args:
         images: image files, or folders of them.
-        run: a run folder; default: the last one trained.
+        run: a run folder; default: the best on validation.
         profile: where to look for it.
-        captions: let the captioner that was trained last describe the images too.
+        captions: let the best captioner describe the images too.
         format: text to read, JSON with the embeddings, or CSV without them.
         device: auto, cpu or cuda.
         on_bad: what to do about files that are no readable image: stop, or leave them out and say so.
     """
-    from rsdlib.predict import Predictor, latest_run
+    from rsdlib.predict import Predictor, best_run
 
     if not images:
         raise ConfigError("no image was given", "For example: rsd predict picture.png")
     with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to the standard output
         files = [file for image in images for file in _image_files(Path(image))]
-        folder = run or latest_run(config.profile(profile).name)
-        captioner = latest_run(config.profile(profile).name, captions=True) if captions else None
+        folder = run or best_run(config.profile(profile).name)
+        captioner = best_run(config.profile(profile).name, captions=True) if captions else None
         predictor = Predictor.load(folder, device, captioner)
         if on_bad == "skip":
             files = [file for file in files if _readable(file)]

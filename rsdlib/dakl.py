@@ -147,6 +147,11 @@ def _kmeans(X, n_clusters, max_iter, random_state):
     return KMeans(n_clusters, n_init=1, max_iter=max_iter, random_state=seed).fit(X).cluster_centers_
 
 
+def least_alpha(n_clusters, n_targets, tol=1e-4):
+    """Return the least alpha that float64's rounding of K' K'^T leaves standing: `DAKL.fit` refuses a smaller one."""
+    return np.finfo(float).eps * n_clusters * (n_clusters + n_targets) / tol
+
+
 # --- the estimator ----------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +259,7 @@ class DAKL(BaseEstimator):
         self.n_features_in_ = S.shape[1]
         self.landmarks_ = np.concatenate([S, self._rows_like_source(X_target)])
         self.centroid_targets_ = targets
-        precise = np.finfo(float).eps * len(S) * len(self.landmarks_) / self.tol
+        precise = least_alpha(len(S), len(self.landmarks_) - len(S), self.tol)
         if self.alpha < precise:
             raise ConfigError(f"alpha = {self.alpha:g} is lost in float64's rounding", f"Use alpha={precise:.1g} or more.")
         self.error_, self.solver_ = np.nan, self.solver

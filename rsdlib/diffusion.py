@@ -117,7 +117,7 @@ def sample_stored(pipe, weights, prompts, seeds, steps=20, guidance=5.0, batch_s
     ndarray of uint8, shape (n, height, width, 3)
     """
     prompts, seeds, found = list(prompts), [int(seed) for seed in seeds], []
-    for start in runtime.track(range(0, len(prompts), batch_size), "sampling", -(-len(prompts) // batch_size)):
+    for start in runtime.track(range(0, len(prompts), batch_size), "sampling"):
         some = prompts[start : start + batch_size], seeds[start : start + batch_size]
         path = runtime.cache_dir() / "samples" / f"{runtime.digest([weights, *some, steps, guidance])}.safetensors"
         found.append(runtime.cached_arrays(path, lambda some=some: {"images": sample(pipe, *some, steps, guidance)})["images"])

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 
 from rsdlib import metrics
-from rsdlib.dakl import DAKL, cluster
-from rsdlib.errors import BadValueError
+from rsdlib.dakl import DAKL, cluster, least_alpha
+from rsdlib.errors import BadValueError, ConfigError
 
 # --- the mean ---------------------------------------------------------------------------------------------------------------
 
@@ -162,8 +162,10 @@ def fit_blend(a, b, target):
     return float(fit_weights([a, b], target)[1])
 
 
-def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, **options):
+def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, n_targets=0, **options):
     """Score DAKL on validation over a grid, with validation as its target domain; each k-means runs once.
+
+    An alpha that is too small for a number of clusters (`rsdlib.dakl.least_alpha`) is left out there.
 
     Parameters
     ----------
@@ -173,6 +175,8 @@ def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, **options):
         Validation predictions and prompt embeddings.
     n_clusters : sequence of int
     gammas, alphas : sequence of float
+    n_targets : int
+        Rows of the largest target that the choice is to be fitted with, if larger than the validation's.
     **options
         Further parameters of `DAKL`.
 
@@ -189,9 +193,12 @@ def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, **options):
     for count in n_clusters:
         keys = ("centroid_target", "max_iter", "random_state")
         centroids, targets = cluster(X, Y, count, **{key: template[key] for key in keys})
-        for gamma, alpha in itertools.product(gammas, alphas):
+        least = least_alpha(count, max(n_targets, len(X_val)), template["tol"])
+        for gamma, alpha in itertools.product(gammas, [alpha for alpha in alphas if alpha >= least]):
             model = DAKL(**{**template, "n_clusters": count, "gamma": gamma, "alpha": alpha})
             cosine = metrics.cosine(model.fit_predict(centroids, targets, X_val), Y_val).mean()
             facts = {"cosine": cosine, "solver": model.solver_, "error": model.error_}
             table.append({"n_clusters": count, "gamma": gamma, "alpha": alpha, **facts})
+    if not table:
+        raise ConfigError(f"every alpha of {list(alphas)} is lost in float64's rounding", f"Use {least:.1g} or more.")
     return pd.DataFrame(table).sort_values("cosine", ascending=False, kind="stable", ignore_index=True)

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -57,7 +56,7 @@ class Predictor:
     model : rsdlib.model.PromptRegressor
     words : sequence of str
         The vocabulary, in the order of the model's logits.
-    bank : DataFrame or None
+    bank : list of str or None
         Known prompts, in the order of `bank_embeddings`.
     bank_embeddings : ndarray (n, d) or None
     device : str
@@ -162,18 +161,26 @@ def _top(probabilities, words, n):
     return [(words[i], float(probabilities[i])) for i in order]
 
 
-def latest_run(profile="mini", captions=False):
-    """Return the run folder that was finished last in a profile: of a model that predicts embeddings, or captions.
+def best_run(profile="mini", captions=False):
+    """Return a profile's finished run with the best validation score: of a model that predicts embeddings, or captions.
+
+    Runs with a vocabulary head come before those without: they can say words, too.
 
     Raises
     ------
     CacheError
         There is none yet.
     """
-    every = (runtime.root() / "runs" / profile).glob("*/difficulty.parquet")
-    finished = [path for path in every if _captions(path.parent) == captions]
-    newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
+    every = (path.parent for path in (runtime.root() / "runs" / profile).glob("*/difficulty.parquet"))
+    finished = [folder for folder in sorted(every) if _captions(folder) == captions]
+    if not finished:
         what, notebook = ("no captioner", "08_captioning") if captions else ("nothing", "01_train_vit")
         raise CacheError(f"{what} is trained yet below runs/{profile}", f"Run: rsd run {notebook}")
-    return Path(newest.parent)
+
+    from rsdlib import training
+
+    def rank(folder):
+        run = training.load_run(folder)
+        return not captions and bool(run.recipe["words"]), run.metrics["val_similarity"].max()
+
+    return max(finished, key=rank)

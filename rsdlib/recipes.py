@@ -52,9 +52,10 @@ class Prepared:
     labels: np.ndarray
     _stores: dict = field(default_factory=dict, repr=False)
 
-    def rows(self, split):
-        """Return the rows of ``"train"``, ``"val"`` or ``"test"``."""
-        return np.flatnonzero((self.pairs["split"] == split).to_numpy())
+    def rows(self, split, store=None):
+        """Return the rows of ``"train"``, ``"val"`` or ``"test"``: with a store of images or features, those that it has."""
+        rows = np.flatnonzero((self.pairs["split"] == split).to_numpy())
+        return rows if store is None else rows[store.ok[rows]]
 
     def sizes(self):
         """Return a table: split, pairs, prompts, and how many of its prompts another split holds too (zero)."""
@@ -247,7 +248,7 @@ def train(profile, backbone, prepared, *, weight=None, head=None, curriculum=Non
     fixed = {setting: value for setting, value in as_dict(settings).items() if setting not in settings.free}
     name = f"{slug(backbone)}-{'mlc' if words else 'vanilla'}" + (f"-{curriculum.name}" if curriculum.name != "none" else "")
     folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), fixed], 8)}"
-    rows = {split: (found := prepared.rows(split))[store.ok[found]] for split in ("train", "val")}
+    rows = {split: prepared.rows(split, store) for split in ("train", "val")}
     targets = model.encode(prepared.pairs["prompt"]) if captions else prepared.targets
     if heads.probe:
         features = backbones.FeatureStore.build(store, model.backbone, device=settings.device).batch(rows["train"])
@@ -375,7 +376,7 @@ class Scores:
     Parameters
     ----------
     prepared : Prepared
-    store : rsdlib.data.ImageStore
+    store : rsdlib.data.ImageStore or rsdlib.backbones.FeatureStore
     split : {"val", "test"}
     """
 
@@ -387,8 +388,7 @@ class Scores:
     @cached_property
     def rows(self):
         """Rows of the split whose images can be read."""
-        rows = self.prepared.rows(self.split)
-        return rows[self.store.ok[rows]]
+        return self.prepared.rows(self.split, self.store)
 
     @property
     def target(self):
@@ -453,7 +453,7 @@ def predict_baselines(scores, before, after, neighbours=(1, 4, 16, 64), device="
     from rsdlib.backbones import FeatureStore
 
     prepared, store = scores.prepared, scores.store
-    train, val = (rows[store.ok[rows]] for rows in (prepared.rows("train"), prepared.rows("val")))
+    train, val = (prepared.rows(split, store) for split in ("train", "val"))
     mean = prepared.targets[train].mean(axis=0, keepdims=True)  # (1, d)
     scores.predictions[MEAN] = np.repeat(mean, len(scores.rows), axis=0)
     chosen = {}
@@ -490,7 +490,7 @@ def predict_clip_knn(scores, backbone, images, neighbours=(1, 4, 16, 64), device
     from rsdlib import backbones
     from rsdlib.training import apply
 
-    train, val = (rows[images.ok[rows]] for rows in (scores.prepared.rows("train"), scores.prepared.rows("val")))
+    train, val = (scores.prepared.rows(split, images) for split in ("train", "val"))
     encoder, read = backbones.clip_pair(backbone)
     base = read(scores.prepared.pairs["prompt"].iloc[train].tolist())
     own, queries = (apply(encoder, images, rows, device=device, description="CLIP embeddings") for rows in (val, scores.rows))
@@ -520,8 +520,7 @@ def predict_run(folder, prepared, store, split, device="auto"):
     """
     from rsdlib.training import apply
 
-    rows = prepared.rows(split)
-    rows = rows[store.ok[rows]]
+    rows = prepared.rows(split, store)
     items = prepared.pairs.iloc[rows][["id", "prompt"]]
 
     def predict():
@@ -556,8 +555,7 @@ def captions(model, prepared, store, split, beams=3, device="auto"):
     from rsdlib.captioning import LENGTH, REPEAT, caption_all
     from rsdlib.training import weights_key
 
-    rows = prepared.rows(split)
-    rows = rows[store.ok[rows]]
+    rows = prepared.rows(split, store)
     key = runtime.digest([weights_key(model), store.key, rows.tolist(), beams, LENGTH, REPEAT])
     path = runtime.cache_dir() / "captions" / f"{key}.json"
     if not path.exists():

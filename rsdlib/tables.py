@@ -77,7 +77,7 @@ def collect(folder):
         "table 2": read("05_curriculum")["table 2"],
         "table 3": ensembles["table 3"],
         "table 4": [single[name] for name in [*PAPER["table 4"], *longer] if name in single],
-        "table 5": ensembles["table 5"] + ensembles["fitted weights"][-1:],
+        "table 5": ensembles["table 5"] + ensembles.get("fitted weights", [])[-1:],
     }
     rows = {}
     for table, those in found.items():

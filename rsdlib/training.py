@@ -218,9 +218,10 @@ def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), re
     folder = Path(folder)
     plan = Plan(stages or [Stage(np.asarray(data.train), config.epochs)], config)
     made_from = {"train": as_dict(config), "stages": runtime.digest([s.tolist() for s in plan.epochs]), "recipe": recipe or {}}
-    with _locked(folder):
+    last = folder / "difficulty.parquet"  # the last file of a run: one that has it is only read
+    with contextlib.nullcontext() if last.exists() else _locked(folder):
         _claim(folder, made_from)
-        if not (folder / "difficulty.parquet").exists():  # the last file of a run
+        if not last.exists():
             _Loop(model, data, plan, folder, objective, callbacks).run()
     load_weights(model, folder / "model.safetensors")
     return folder

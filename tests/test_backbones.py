@@ -241,3 +241,16 @@ def test_shipped_unet_reads_shipped_images():
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         assert encoder(encoder.front(images)).shape == (2, encoder.features)
+
+
+def test_features_that_float16_cannot_hold_are_refused(tmp_path):
+    front = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2)).eval()
+    with torch.no_grad():
+        front[1].bias.fill_(1e6)
+
+    class Front(torch.nn.Module):
+        def forward(self, images):
+            return front(images.float())
+
+    with pytest.raises(BadValueError, match="not finite in float16"):
+        backbones.FeatureStore.build(Images(IMAGES.numpy()), Front(), tmp_path, device="cpu")

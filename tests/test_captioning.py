@@ -93,6 +93,20 @@ def test_captions_never_run_away(folder, monkeypatch):
         assert "[" not in text
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_nothing_is_said_three_times(folder, beams):
+    """ "by rembrandt, by rembrandt, ...": a captioner that would say one word for ever may not."""
+    model = opened(folder).eval()
+    fox = model.tokenizer("fox").input_ids[1]
+    with torch.no_grad():
+        model.blip.text_decoder.cls.predictions.bias[fox] = 1e9
+    for text in model.caption(torch.from_numpy(IMAGES[:2]), beams):
+        tokens = model.tokenizer(text).input_ids
+        runs = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+        assert len(runs) == len(set(runs))
+        assert text.startswith("fox fox fox")
+
+
 def test_empty_caption_is_an_empty_string(folder):
     model = opened(folder).eval()
     with torch.no_grad():
@@ -118,6 +132,7 @@ def test_long_captions_are_cut(folder):
 )
 def test_caption_names_a_thing(caption, thing, there):
     assert captioning.shows(caption, thing) == there
+    assert captioning.shows(caption, "zebra", thing) == there
 
 
 def test_nearest_prompts():

@@ -152,6 +152,25 @@ def test_certificate_holds_and_is_not_idle(seed, uniform):
         assert probed.error_ < bounded.error_ < 1
 
 
+@pytest.mark.parametrize("alpha", [1e-3, 0.1, 10.0])
+def test_each_norm_is_bounded_ever_more_closely(alpha):
+    """The four spectral norms that the certificate is made of, against their dense matrices."""
+    generator = np.random.default_rng(0)
+    U_s, U_t, Y = generator.normal(size=(40, 9)), generator.normal(size=(70, 9)), unit(generator.normal(size=(40, 5)))
+    A = U_s.T @ U_s + alpha * np.eye(9)
+    half = np.linalg.inv(np.linalg.cholesky(A))
+    beta = half @ U_s.T @ Y
+    theta = half.T @ beta
+    E = Y - U_s @ theta
+    true = [np.linalg.norm(m, 2) for m in (U_t @ np.linalg.inv(A), U_t @ np.linalg.inv(A) @ U_s.T, E, theta)]
+    levels = np.array([list(level) for level in dakl._norms(half, half @ U_t.T @ U_t @ half.T, Y, beta, theta, alpha)])
+    assert levels.shape == (3, 4)
+    assert (levels >= np.array(true) * (1 - 1e-9)).all()
+    assert (np.diff(levels, axis=0) <= 1e-9).all()
+    np.testing.assert_allclose(levels[-1][[0, 2, 3]], np.array(true)[[0, 2, 3]], rtol=1e-6)
+    assert levels[-1][1] <= true[1] * (1 + alpha)
+
+
 def test_blocks_change_nothing(data, monkeypatch):
     X, Y, T = data
     whole = DAKL(80, 1.0).fit_predict(X, Y, T)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rsdlib import dakl, ensemble, metrics
-from rsdlib.errors import BadValueError
+from rsdlib.errors import BadValueError, ConfigError
 
 rng = np.random.default_rng(0)
 
@@ -165,6 +165,20 @@ def test_no_function_takes_a_test_label_k6():
     assert not hasattr(dakl.DAKL, "score")
     assert list(inspect.signature(ensemble.mean).parameters) == ["predictions", "weights"]
     assert list(inspect.signature(dakl.DAKL.predict).parameters) == ["self", "X_target"]
+
+
+def test_search_leaves_out_what_a_fit_would_refuse(target):
+    source = unit(rng.normal(size=(120, 16)))
+    X, X_val, least = noisy(source, 0.6), noisy(target, 0.6), dakl.least_alpha(120, 10**9)
+    grid = [20, 120], [0.01], [1.0, 0.9 * least]
+    table = ensemble.search_dakl(X, source, X_val, target, *grid, n_targets=10**9)
+    assert table[["n_clusters", "alpha"]].sort_values(["n_clusters", "alpha"]).to_numpy().tolist() == [
+        [20, 0.9 * least],
+        [20, 1],
+        [120, 1],
+    ]
+    with pytest.raises(ConfigError, match="lost in float64's rounding"):
+        ensemble.search_dakl(X, source, X_val, target, [20], [0.01], [1e-12])
 
 
 def test_search_scores_each_combination_as_a_fit_would(target):

@@ -52,7 +52,7 @@ def test_a_data_set_is_written_byte_for_byte_again(tmp_path):
     for name in ("a", "b"):
         sample_dataset.write(tmp_path / name, records, images, seen)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert [str(file) for file in files] == ["images/part-000001.zip", "metadata.parquet", "scenes.parquet"]
+    assert [str(file) for file in files] == ["images/part-000001.zip", "metadata.parquet", "names.json", "scenes.parquet"]
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import nbformat
 import numpy as np
@@ -14,6 +15,14 @@ from rsdlib import cli, recipes, runtime
 from rsdlib.errors import ConfigError, NotebookError
 
 RSD = [sys.executable, "-m", "rsdlib.cli"]
+
+
+def alive_still(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def rsd(*arguments, cwd):
@@ -98,7 +107,7 @@ def test_predict_reads_an_image(trained, tmp_path):
     assert np.linalg.norm(found[0]["embedding"]) == pytest.approx(1, abs=1e-5)
     assert len(found[0]["prompts"]) == 5
 
-    run = predict.latest_run("smoke")
+    run = predict.best_run("smoke")
     with_words = next((trained / "runs/smoke").glob("vit-mlc-*"))
     prediction = predict.Predictor.load(with_words).predict(pairs["image"].tolist())
     probabilities = [p for _, p in prediction.words[0]]
@@ -156,8 +165,11 @@ def test_failures_exit_with_one_clear_line(tmp_path, cell, code, words):
 STAMP = """
 import os, time
 from pathlib import Path
-begin = time.time()
-Path(os.environ["RSD_ROOT"], "NAME.log").write_text(f"{begin} {time.time()} {os.environ['OMP_NUM_THREADS']}")
+begin, root, beside = time.time(), Path(os.environ["RSD_ROOT"]), {"01_b": "02_c", "02_c": "01_b"}.get("NAME")
+(root / "NAME.begun").touch()
+while beside and not (root / f"{beside}.begun").exists():  # for ever, if one waits for the other's end
+    time.sleep(0.05)
+(root / "NAME.log").write_text(f"{begin} {time.time()} {os.environ['OMP_NUM_THREADS']}")
 """
 
 
@@ -180,6 +192,48 @@ def test_reproduce_runs_side_by_side_what_does_not_wait(tmp_path, monkeypatch):
     }
     assert "[5/5] 09_e" in done.stdout
     assert "05 | done in" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "name", "expected"),
+    [
+        ("00 01 05 09", "01", "00"),
+        ("00 01 05 09", "05", "00 01"),
+        ("00 01 05 09", "09", "00 01 05"),
+        ("01 02", "02", ""),
+        ("06 07 08", "07", "06"),  # both would train what 04 has not
+        ("06 07 08", "08", "06"),  # 03 likewise
+        ("05 08", "08", ""),
+        ("01 01-Copy1 09 09-Copy1", "01-Copy1", "01"),
+        ("01 01-Copy1 09 09-Copy1", "09-Copy1", "01 01-Copy1 09"),
+    ],
+)
+def test_notebooks_wait_for_whose_runs_they_read(names, name, expected):
+    assert cli._waits_for(name, names.split()) == set(expected.split())
+
+
+def test_reproduce_ends_with_its_children(tmp_path):
+    """SIGTERM ends the notebooks too; so does a kernel's death, even if what it leaves behind holds the pipe."""
+    (tmp_path / "notebooks").mkdir()
+    alive = "import os, pathlib\npathlib.Path(os.environ['RSD_ROOT'], 'pid').write_text(str(os.getpid()))\n"
+    path = toy_notebook(tmp_path, alive + "import time; time.sleep(600)").rename(tmp_path / "notebooks" / "01_b.ipynb")
+    with subprocess.Popen([*RSD, "reproduce", "--profile", "smoke"], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.terminate()
+        assert process.wait(30) == 143
+    kernel = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not alive_still(kernel):
+            break
+        time.sleep(0.1)
+    assert not alive_still(kernel)
+    orphan = "import os, signal, subprocess; subprocess.Popen(['sleep', '60']); os.kill(os.getpid(), signal.SIGKILL)"
+    toy_notebook(tmp_path, orphan).rename(path)
+    clock = time.monotonic()
+    assert rsd("reproduce", "--profile", "smoke", cwd=tmp_path).returncode == 138
+    assert time.monotonic() - clock < 50
 
 
 def test_reproduce_stops_after_a_failure(tmp_path):

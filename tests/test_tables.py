@@ -1,6 +1,7 @@
 """The paper's tables from stored results."""
 
 import pytest
+from conftest import REPOSITORY
 
 from rsdlib import runtime, tables
 from rsdlib.errors import CacheError
@@ -69,6 +70,12 @@ def test_gains_say_over_what(stored):
 
 def test_ensembles_are_the_single_scores_of_the_framework():
     assert tables.SINGLE["clip + MLC + CL"] == tables.PAPER["table 5"]["C"]
+
+
+def test_the_stored_results_fill_the_readme():
+    """A fresh clone has all five tables, and the README shows them."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert tables.insert(readme, tables.collect(REPOSITORY / "figures")) == readme
 
 
 def test_missing_results_are_named(stored):

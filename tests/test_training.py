@@ -197,6 +197,13 @@ def test_second_writer_is_refused(tmp_path):
         toy.fit(tmp_path, callbacks=[Intruder()])
 
 
+def test_finished_run_is_read_without_its_lock(tmp_path):
+    """Notebooks that run side by side read each other's runs."""
+    folder = toy.fit(tmp_path)
+    with training._locked(folder):
+        assert toy.fit(tmp_path) == folder
+
+
 # --- batches and processes --------------------------------------------------------------------------------------------------
 
 

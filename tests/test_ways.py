@@ -167,8 +167,8 @@ def test_captioner_is_trained_found_again_and_used(source, folders, tmp_path, mo
     for wrong in ({"folder": folder}, {"folder": reader, "captioner": reader}):
         with pytest.raises(CacheError, match="holds no finished"):
             predict.Predictor.load(**wrong)
-    assert predict.latest_run(chosen.name, captions=True).name.startswith("blip-")
-    assert not predict.latest_run(chosen.name).name.startswith("blip-")
+    assert predict.best_run(chosen.name, captions=True).name.startswith("blip-")
+    assert not predict.best_run(chosen.name).name.startswith("blip-")
 
 
 # scores side by side

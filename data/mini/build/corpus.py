@@ -66,7 +66,7 @@ class Corpus:
     Attributes
     ----------
     labels : dict of str to ndarray
-        ``noun`` (n, 100) with a 1 for each noun in the picture; ``count``, ``setting``, ``medium``, ``relation`` (n,), the last
+        ``noun`` (n, 60) with a 1 for each noun in the picture; ``count``, ``setting``, ``medium``, ``relation`` (n,), the last
         three as places in `NAMES`.
     prompts : list of str
     key : str

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from scenes import Scene, sample_scene
+from scenes import MEDIA, SETTINGS, Scene, sample_scene
 
 from rsdlib import diffusion, runtime
 from rsdlib.judge import Judge
@@ -189,6 +189,7 @@ def write(out: Path, records: list[Record], images: np.ndarray, seen: list[dict]
         keys = {record.image_name: {"p": record.scene.prompt, "se": record.seed, **how} for record in part}
         write_part(out / "images" / f"part-{first // PART + 1:06d}.zip", files, keys)
     write_table(out / "scenes.parquet", scenes_table(records, seen))
+    runtime.write_json(out / "names.json", names())
     write_table(out / "metadata.parquet", metadata_table(records, images.shape[1]))
     megabytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     prompts = len({record.scene.prompt for record in records})
@@ -203,6 +204,12 @@ def write_renders(path: Path, count: int, seed: int) -> None:
     scenes = [sample_scene(rng, misaligned=0) for _ in range(count)]
     images = {f"render-{i:04d}.webp": encode(draw(scene, rng)) for i, scene in enumerate(scenes)}
     write_part(path, images, {name: {"p": scene.prompt} for name, scene in zip(images, scenes, strict=True)})
+
+
+def names():
+    """Return by which words prompts call each setting and medium, itself first."""
+    said = {"setting": SETTINGS, "medium": {name: [words for some in both for words in some] for name, both in MEDIA.items()}}
+    return {kind: {name: list(dict.fromkeys([name, *words])) for name, words in table.items()} for kind, table in said.items()}
 
 
 def main() -> None:
