@@ -145,26 +145,27 @@ def bench_kmeans(n, clusters, rounds=3):
 
     X, _ = made_up(n, np.random.default_rng(4), topics=2 * clusters, noise=0.4)
 
-    def peer():
-        found = faiss.Kmeans(DIMENSIONS, clusters, niter=25, seed=1, min_points_per_centroid=1)
+    def peer(seed):
+        found = faiss.Kmeans(DIMENSIONS, clusters, niter=25, seed=seed, min_points_per_centroid=1)
         found.train(X)
         return found.centroids
 
     methods = {
-        "BisectingKMeans": lambda: BisectingKMeans(clusters, random_state=0).fit(X).cluster_centers_,
-        "ours": lambda: dakl._kmeans(X, clusters, 25, 0),
+        "BisectingKMeans": lambda seed: BisectingKMeans(clusters, random_state=seed).fit(X).cluster_centers_,
+        "ours": lambda seed: dakl._kmeans(X, clusters, 25, seed),
         "faiss": peer,
     }
-    print(f"\nk-means, {n:,} rows, {clusters:,} clusters; medians of {rounds} interleaved rounds")
+    print(f"\nk-means, {n:,} rows, {clusters:,} clusters; medians over {rounds} seeds")
     print(f"{'method':<16} {'CPU s':>7} {'inertia':>10} {'/ ours':>7}")
-    taken, found = {name: [] for name in methods}, {}
-    for _ in range(rounds):
+    taken, inertia = {name: [] for name in methods}, {name: [] for name in methods}
+    for seed in range(rounds):
         for name, method in methods.items():
-            seconds, found[name] = cpu_seconds(method)
+            seconds, centroids = cpu_seconds(lambda method=method, seed=seed: method(seed))
             taken[name].append(seconds)
-    inertia = {name: inertia_of(X, centroids) for name, centroids in found.items()}
+            inertia[name].append(inertia_of(X, centroids))
     for name, times in taken.items():
-        print(f"{name:<16} {statistics.median(times):7.2f} {inertia[name]:10.1f} {inertia[name] / inertia['ours']:7.3f}")
+        middle = statistics.median(inertia[name])
+        print(f"{name:<16} {statistics.median(times):7.2f} {middle:10.1f} {middle / statistics.median(inertia['ours']):7.3f}")
 
 
 def inertia_of(X, centroids):

@@ -2,11 +2,13 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from rsdlib import runtime
 from rsdlib.errors import BadValueError
 
 
-def nearest(queries, base, k, block=16_384):
+def nearest(queries, base, k, block=4096):
     """Return the `k` rows of `base` that are most similar to each query.
 
     Parameters
@@ -16,7 +18,7 @@ def nearest(queries, base, k, block=16_384):
         Memory-mapped bases are read block by block.
     k : int
     block : int
-        Rows of the base compared at a time: bounds the memory at q * block similarities.
+        Rows of the base compared at a time: small blocks stay in the processor's cache.
 
     Returns
     -------
@@ -29,19 +31,19 @@ def nearest(queries, base, k, block=16_384):
     queries = _unit(queries)
     if queries.shape[1] != base.shape[1]:
         raise BadValueError(f"queries have {queries.shape[1]} dimensions, the base has {base.shape[1]}")
-    similarity = torch.empty(len(queries), 0)
-    index = torch.empty(len(queries), 0, dtype=torch.int64)
+    faiss = runtime.require("faiss", "faiss-cpu")
+    similarity, index = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for start in range(0, len(base), block):
-        scores = queries @ _unit(base[start : start + block]).T  # (q, block)
-        best, where = scores.topk(min(k, scores.shape[1]), dim=1)
-        similarity, index = torch.cat([similarity, best], 1), torch.cat([index, where + start], 1)
-        similarity, keep = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        index = index.gather(1, keep)
-    return similarity.numpy(), index.numpy()
+        rows = _unit(base[start : start + block])
+        best, where = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+        similarity, index = np.concatenate([similarity, best], 1), np.concatenate([index, where + start], 1)
+        keep = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        similarity, index = (np.take_along_axis(found, keep, 1) for found in (similarity, index))
+    return similarity, index
 
 
 def _unit(rows):
-    return torch.nn.functional.normalize(torch.from_numpy(np.array(rows, np.float32)))
+    return F.normalize(torch.from_numpy(np.array(rows, np.float32))).numpy()
 
 
 def knn_regress(queries, base, targets, k=16):
