@@ -124,10 +124,14 @@ def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_sta
     from rsdlib.retrieval import nearest
 
     centroids = _rows(_kmeans(X.astype(np.float32), n_clusters, max_iter, random_state), "the centroids")
-    targets = Y[nearest(centroids, X, 1, block=4096)[1][:, 0]]
+    similarity, index = nearest(centroids, X, min(8, len(X)))
+    tied = (
+        similarity > similarity[:, :1] - 1e-6
+    )  # the centroid of two is as near to the one as to the other: rounding must not choose
+    targets = Y[np.where(tied, index, len(X)).min(axis=1)]
     if centroid_target == "mean":
         sums = np.zeros_like(targets)
-        np.add.at(sums, nearest(X, centroids, 1, block=4096)[1][:, 0], Y)
+        np.add.at(sums, nearest(X, centroids, 1)[1][:, 0], Y)
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         # Differs from the paper: the mean of the members. One without members, or whose members cancel, keeps the nearest.
         targets = np.divide(sums, norms, out=targets, where=norms > 1e-9)

@@ -152,6 +152,17 @@ def test_certificate_holds_and_is_not_idle(seed, uniform):
         assert probed.error_ < bounded.error_ < 1
 
 
+def test_the_centroid_of_two_takes_the_first_ones_target():
+    """Both are as near: rounding, and with it the number of threads, must not choose."""
+    pairs = unit(np.random.default_rng(0).normal(size=(20, 1, 24)) + 0.2 * np.random.default_rng(1).normal(size=(20, 2, 24)))
+    X = pairs.transpose(1, 0, 2).reshape(40, 24)  # the first of each pair, then the second
+    for rows in (X, X[:, ::-1]):
+        centroids, targets = dakl.cluster(rows, rows, 20, random_state=0)
+        members = unit(rows[:20] + rows[20:])
+        assert (np.abs(centroids @ members.T).max(axis=1) > 1 - 1e-6).all()
+        np.testing.assert_allclose(targets, rows[:20][(centroids @ members.T).argmax(axis=1)], atol=1e-6)
+
+
 @pytest.mark.parametrize("alpha", [1e-3, 0.1, 10.0])
 def test_each_norm_is_bounded_ever_more_closely(alpha):
     """The four spectral norms that the certificate is made of, against their dense matrices."""
