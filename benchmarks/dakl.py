@@ -12,13 +12,8 @@ import argparse
 import os
 import statistics
 import sys
-import threading
-import time
 
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
+from _one_core import cpu_seconds, watched  # isort: skip
 
 import numpy as np
 from sklearn.kernel_ridge import KernelRidge
@@ -42,28 +37,12 @@ def unit(rows):
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def cpu_seconds(function):
-    """Run `function`; return its CPU seconds and its result."""
-    start = time.process_time()
-    result = function()
-    return time.process_time() - start, result
-
-
-def peak_memory(function):
-    """Run `function`; return the largest resident memory meanwhile, in GB, libraries included, and its result."""
-    page, peak, done = os.sysconf("SC_PAGE_SIZE"), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.005):
-            with open("/proc/self/statm") as stream:
-                peak[0] = max(peak[0], int(stream.read().split()[1]) * page)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    if os.path.exists("/proc/self/statm"):
-        watcher.start()
-    result = function()
-    done.set()
-    return peak[0] / 1e9, result
+def resident_memory():
+    """Return this process's memory in GB, libraries included; zero where the system does not tell."""
+    if not os.path.exists("/proc/self/statm"):
+        return 0.0
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def kernel_ridge(S, Y, T, gamma, alpha=10.0):
@@ -87,8 +66,9 @@ def bench_paper_scale(r, t, gammas):
     print(f"{'gamma':>7} {'solver':>8} {'certified':>10} {'CPU s':>7} {'peak GB':>8}")
     for gamma in gammas:
         model = DAKL(r, gamma)
-        peak, (seconds, _) = peak_memory(lambda model=model: cpu_seconds(lambda: model.fit_predict(S, Y, T)))
-        print(f"{gamma:7g} {model.solver_:>8} {model.error_:10.1e} {seconds:7.2f} {peak:8.2f}")
+        with watched(resident_memory) as peak:
+            seconds, _ = cpu_seconds(lambda model=model: model.fit_predict(S, Y, T))
+        print(f"{gamma:7g} {model.solver_:>8} {model.error_:10.1e} {seconds:7.2f} {peak[0]:8.2f}")
 
 
 def bench_peer(sizes, gamma=0.01):

@@ -9,15 +9,11 @@ Times are CPU seconds of this process, pinned to one core where the system allow
 
 import argparse
 import gzip
-import os
 import resource
 import statistics
-import time
 from collections import defaultdict
 
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+from _one_core import cpu_seconds  # isort: skip
 
 import numpy as np
 import pandas as pd
@@ -217,13 +213,6 @@ def bench_file(path):
             f"near-duplicates from {threshold}: {seconds:.2f} s, {drop.sum():,} of the exact join's {truth.sum():,}, {false} false"
         )
     bench_vocabulary(list(kept["prompt"]))
-
-
-def cpu_seconds(function):
-    """Run `function`; return its CPU seconds and its result."""
-    start = time.process_time()
-    result = function()
-    return time.process_time() - start, result
 
 
 if __name__ == "__main__":

@@ -8,17 +8,13 @@ with an error. The last part streams two million rows from disk; more than 15 se
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+from _one_core import cpu_seconds, watched  # isort: skip
 
 import numpy as np
 import torch
@@ -32,13 +28,6 @@ def unit(n, rng):
     """Return random unit rows (n, 384), float32."""
     rows = rng.standard_normal((n, DIMENSIONS), np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def cpu_seconds(function):
-    """Run `function`; return its CPU seconds and its result."""
-    start = time.process_time()
-    result = function()
-    return time.process_time() - start, result
 
 
 def peer(queries, base, k):
@@ -96,18 +85,10 @@ def bench_streaming(n, queries=100, k=1):
         base[rows] = asked
         base.flush()
         base = np.memmap(path, np.float16, "r", shape=(n, DIMENSIONS))
-        before, peak, done = anonymous_memory(), [0.0], threading.Event()
-
-        def watch():
-            while not done.wait(0.01):
-                peak[0] = max(peak[0], anonymous_memory())
-
-        threading.Thread(target=watch, daemon=True).start()
-        clock = time.perf_counter()
-        similarity, index = retrieval.nearest(asked, base, k)
-        seconds = time.perf_counter() - clock
-        done.set()
-        memory = max(peak[0] - before, 0)
+        before, clock = anonymous_memory(), time.perf_counter()
+        with watched(anonymous_memory) as peak:
+            similarity, index = retrieval.nearest(asked, base, k)
+        seconds, memory = time.perf_counter() - clock, max(peak[0] - before, 0)
         print(f"\n{queries} queries in {n:,} rows on disk ({path.stat().st_size / 1e9:.2f} GB of float16): ", end="")
         print(f"{seconds:.2f} s by the clock, {memory:.2f} GB of memory beside the file's pages")
     planted = (index[:, 0] == rows).all() and (similarity[:, 0] > 0.999).all()

@@ -192,7 +192,7 @@ def clip_pair(config):
 
     def read(texts, batch_size=256):
         with torch.inference_mode():
-            starts = runtime.track(range(0, len(texts), batch_size), "reading prompts", -(-len(texts) // batch_size))
+            starts = runtime.track(range(0, len(texts), batch_size), "reading prompts")
             parts = [clip.encode_text(tokenizer(texts[start : start + batch_size]), normalize=True) for start in starts]
         return torch.cat(parts).float().numpy()
 

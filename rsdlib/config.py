@@ -187,6 +187,10 @@ class TrainConfig(_Checked):
         "log_every": (1, None),
     }
 
+    def fixed(self):
+        """Return the settings that make a run what it is: all that may not change on resume."""
+        return {name: value for name, value in as_dict(self).items() if name not in self.free}
+
 
 @dataclass(frozen=True)
 class Profile(_Checked):

@@ -125,9 +125,8 @@ def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_sta
 
     centroids = _rows(_kmeans(X.astype(np.float32), n_clusters, max_iter, random_state), "the centroids")
     similarity, index = nearest(centroids, X, min(8, len(X)))
-    tied = (
-        similarity > similarity[:, :1] - 1e-6
-    )  # the centroid of two is as near to the one as to the other: rounding must not choose
+    # The centroid of two samples is as near to the one as to the other: rounding must not choose, the first does.
+    tied = similarity > similarity[:, :1] - 1e-6
     targets = Y[np.where(tied, index, len(X)).min(axis=1)]
     if centroid_target == "mean":
         sums = np.zeros_like(targets)

@@ -245,9 +245,8 @@ def train(profile, backbone, prepared, *, weight=None, head=None, curriculum=Non
     if before is not None:
         made_by["difficulty"] = runtime.digest(before.to_numpy().tolist())
     recipe = dataclasses.replace(recipe, **made_by)
-    fixed = {setting: value for setting, value in as_dict(settings).items() if setting not in settings.free}
     name = f"{slug(backbone)}-{'mlc' if words else 'vanilla'}" + (f"-{curriculum.name}" if curriculum.name != "none" else "")
-    folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), fixed], 8)}"
+    folder = runtime.root() / "runs" / profile.name / f"{name}-{runtime.digest([as_dict(recipe), settings.fixed()], 8)}"
     rows = {split: prepared.rows(split, store) for split in ("train", "val")}
     targets = model.encode(prepared.pairs["prompt"]) if captions else prepared.targets
     if heads.probe:

@@ -74,14 +74,9 @@ def seeded(name, seed):
 def train(name, model, data, settings, objective, recipe, callbacks=()):
     """Train in ``runs/mini-world/<name>-<key>``, resuming by itself, and return the folder."""
     recipe = {"model": name, "renders": len(data), **recipe}
-    folder = runtime.root() / "runs" / "mini-world" / f"{name}-{runtime.digest([recipe, vars_of(settings)], 8)}"
+    folder = runtime.root() / "runs" / "mini-world" / f"{name}-{runtime.digest([recipe, settings.fixed()], 8)}"
     training.fit(model, data, settings, folder, objective=objective, callbacks=callbacks, recipe=recipe)
     return folder
-
-
-def vars_of(settings):
-    """Return the settings that make a run what it is."""
-    return {name: value for name, value in vars(settings).items() if name not in settings.free}
 
 
 def mapped(function, data, rows, size=256):
