@@ -1,15 +1,17 @@
-# python3 (3.11 or newer), make and git are enough: every target makes its environment in .venv first.
+# python3 (3.11 or newer), make and git are enough: every target makes its environment in .venv.
 PYTHON ?= python3
+PROFILE ?= mini
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce test slow lab lint bench mini-world clean
+.PHONY: help reproduce publish test slow lab lint bench mini-world clean
 
 help:
-	@echo "make reproduce  run every notebook at the default size (PROFILE=smoke|mini|paper)"
-	@echo "make test       the test suite        make slow   the tests that need minutes"
-	@echo "make lab        JupyterLab            make lint   ruff and nbstripout"
+	@echo "make reproduce  every notebook, results below runs/ (PROFILE=smoke|mini|paper, JOBS=2)"
+	@echo "make test       the test suite        make slow     the tests that need minutes"
+	@echo "make lab        JupyterLab            make lint     ruff and nbstripout"
+	@echo "make publish    what figures/ and the README's tables hold (hours; resumes)"
 	@echo "make bench      the benchmarks        make mini-world  train and sample the mini world again (hours)"
 
 # uv installs in seconds where the index has it; plain pip does the same slowly.
@@ -22,11 +24,46 @@ $(READY): pyproject.toml
 	else $(BIN)/python -m pip install --quiet -e '.[test,dist]'; fi
 	@touch $@
 
+# --- notebooks side by side: each waits for those whose runs it reads ------------------------------
+
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+JOBS ?= $(shell if command -v nvidia-smi >/dev/null || [ $(CORES) = 1 ]; then echo 1; else echo 2; fi)
+# A notebook that runs beside another takes its share of the cores.
+SHARE = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $(CORES) / $(JOBS) ))}
+NUMBERS := 00 08 01 02 03 04 05 06 07 09
+RUNS := $(NUMBERS:%=run-%)
+
+.PHONY: $(RUNS) notebooks
+run-01 run-02 run-03 run-04: run-00
+run-05: run-01
+run-06: run-01 run-02 run-03 run-04
+run-07: run-04
+run-08: run-03
+run-09: run-00 run-01 run-02 run-03 run-04 run-05 run-06 run-07 run-08
+$(RUNS): run-%:
+	@$(SHARE) $(BIN)/rsd run $* -p profile $(PROFILE) $(ARGUMENTS_$*) | sed -u 's/^/$* | /'; exit $${PIPESTATUS[0]}
+$(RUNS): SHELL := /bin/bash
+notebooks: $(RUNS)
+
 reproduce: $(READY)
-	$(BIN)/rsd reproduce --profile $(or $(PROFILE),mini)
+	@$(MAKE) --no-print-directory -j$(JOBS) notebooks
+	@$(BIN)/rsd tables --profile $(PROFILE)
+
+# The one way into figures/ and the README's tables. Runs that are there are not trained again.
+publish: $(READY)
+	@$(MAKE) --no-print-directory -j$(JOBS) notebooks PROFILE=mini \
+	  $(foreach n,$(NUMBERS),ARGUMENTS_$(n)='-p figures figures $(PUBLISH_$(n))')
+	@$(BIN)/rsd run 07 -p figures runs/mini/paper-rate -p lr 1e-4 -p count 150 -p places "[1, 0.5]"
+	@cp runs/mini/paper-rate/07_unet_swap.json figures/07_unet_swap_1e-4.json
+	@$(BIN)/rsd tables --figures figures --write README.md
+PUBLISH_01 := -p sweep true
+PUBLISH_05 := -p seeds 3
+PUBLISH_07 := -p count 500 -p seeds 2
+
+# --- the rest -------------------------------------------------------------------------------------
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout=1800

@@ -1,34 +1,28 @@
-"""The command ``rsd``: run notebooks with checked parameters, reproduce everything, predict from images."""
+"""The command ``rsd``: run notebooks with checked parameters, show tables, predict from images."""
 
 import ast
 import contextlib
-import difflib
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from rsdlib import config, errors, runtime
-from rsdlib.config import matches
+from rsdlib import config, errors, files, runtime
+from rsdlib.config import did_you_mean
 from rsdlib.errors import ConfigError, NotebookError, RsdError
 
-EXIT_USAGE, EXIT_REFUSED = 2, 3
-
-# --- notebooks --------------------------------------------------------------------------------------------------------------
+# --- notebooks ------------------------------------------------------------------------------------
 
 
 def notebooks():
     """Return the project's notebooks by name, in order."""
-    return {path.stem: path for path in sorted((runtime.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    paths = sorted((files.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return {path.stem: path for path in paths}
 
 
 def find_notebook(name):
@@ -39,22 +33,21 @@ def find_notebook(name):
     ConfigError
         There is no such notebook.
     """
-    known = notebooks()
-    if Path(name).suffix and Path(name).is_file():  # a path means that very file, also where it is called like one of ours
+    if Path(name).suffix and Path(name).is_file():  # a path means that very file
         return Path(name)
-    stem = Path(name).stem
-    found = [path for key, path in known.items() if key == stem or key.split("_")[0] == stem]
-    if found:
-        return found[0]
-    near = difflib.get_close_matches(stem, known, n=1)
-    raise ConfigError(f"there is no notebook {name!r}", f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}.")
+    known, stem = notebooks(), Path(name).stem
+    for key, path in known.items():
+        if stem in (key, key.split("_")[0]):
+            return path
+    raise ConfigError(f"there is no notebook {name!r}", did_you_mean(stem, known))
 
 
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "None": type(None)}
+_TYPES = {"int": int, "float": float, "bool": bool, "list": list, "None": type(None)}
+_WORDS = {"true": True, "false": False, "none": None}
 
 
 def check_parameters(path, parameters):
-    """Parse and check a notebook's parameters against its parameters cell; papermill itself lets mistakes pass.
+    """Parse and check a notebook's parameters; papermill itself lets mistakes pass.
 
     Parameters
     ----------
@@ -64,7 +57,7 @@ def check_parameters(path, parameters):
     Returns
     -------
     dict
-        Values of the types that the cell's annotations state.
+        Values of the types that the annotations in the parameters cell state.
 
     Raises
     ------
@@ -82,25 +75,27 @@ def check_parameters(path, parameters):
     checked = {}
     for name, text in parameters.items():
         if name not in declared:
-            near = difflib.get_close_matches(name, declared, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(declared)}."
-            raise ConfigError(f"{Path(path).stem} has no parameter {name!r}", hint)
+            message = f"{Path(path).stem} has no parameter {name!r}"
+            raise ConfigError(message, did_you_mean(name, declared))
         checked[name] = _parse(name, text, declared[name]["inferred_type_name"])
     return checked
 
 
 def _parse(name, text, annotation):
-    wanted = [_TYPES[part] for part in re.findall(r"\w+", annotation.replace("Optional", "None")) if part in _TYPES]
+    wanted = re.findall(r"\w+", annotation.replace("Optional", "None"))
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    for option in wanted:
-        if option is not str and matches(value, option):
-            return float(value) if option is float else value
-    if str in wanted:
+        value = _WORDS.get(text.lower(), text)
+    kinds = [_TYPES[word] for word in wanted if word in _TYPES]
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) in kinds:
+        return value
+    if "str" in wanted:
         return text
-    raise ConfigError(f"{name} = {text!r} is not of type {annotation}", f"Give a value such as -p {name} <{annotation}>.")
+    fix = f"Give a value such as -p {name} <{annotation}>."
+    raise ConfigError(f"{name} = {text!r} is not of type {annotation}", fix)
 
 
 def run_notebook(name, parameters, output=None, timeout=None):
@@ -130,58 +125,72 @@ def run_notebook(name, parameters, output=None, timeout=None):
     """
     path = find_notebook(name)
     values = check_parameters(path, parameters)
+    output = Path(output) if output is not None else _default_output(path, values)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["RSD_HEADLESS"] = "1"
+    runtime.log(f"{path.stem}: running -> {files.relative(output)}")
+    cells = _execute(path, output, values, timeout).cells
+    code = [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+    skipped = [cell for cell in code if cell.execution_count is None]
+    outputs = [out for cell in code for out in cell.outputs]
+    if skipped or any(out.get("ename") == "SystemExit" for out in outputs):
+        message = f"{path.stem} left before its end (sys.exit?): {len(skipped)} cells did not run"
+        raise NotebookError(message, f"See {files.relative(output)}.")
+    return output
 
+
+def _default_output(path, values):
+    import papermill
+
+    declared = papermill.inspect_notebook(str(path)).get("profile", {"default": "'mini'"})
+    name = values.get("profile", ast.literal_eval(declared["default"]))
+    folder = files.root() / "runs" / config.profile(name).name / "notebooks"
+    return folder / f"{path.stem}.ipynb"
+
+
+def _execute(path, output, values, timeout):
+    """Run papermill; every way it can fail becomes a `NotebookError` with its exit code."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    if output is None:
-        declared = papermill.inspect_notebook(str(path)).get("profile", {"default": "'mini'"})
-        size = config.profile(values.get("profile", ast.literal_eval(declared["default"]))).name
-        output = runtime.root() / "runs" / size / "notebooks" / f"{path.stem}.ipynb"
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    os.environ["RSD_HEADLESS"] = "1"
-    runtime.log(f"{path.stem}: running -> {runtime.relative(output)}")
+    how = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
+    how |= {"execution_timeout": timeout, "coalesce_streams": True}
+    name = path.stem
     try:
-        done = papermill.execute_notebook(
-            str(path),
-            str(output),
-            parameters=values,
-            kernel_name="python3",
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            execution_timeout=timeout,
-            coalesce_streams=True,
-        )
+        return papermill.execute_notebook(str(path), str(output), parameters=values, **how)
     except PapermillExecutionError as error:
-        reason = f"{error.ename}: {error.evalue}".strip(": ").splitlines()
-        raised = getattr(errors, error.ename, None)  # one of ours keeps its exit code
-        code = 1 if raised is None else EXIT_USAGE if raised is ConfigError else EXIT_REFUSED
-        message = f"{path.stem} failed in cell {error.exec_count}: {reason[0].rstrip('.')}"
-        raise NotebookError(message, f"See {runtime.relative(output)}.", exit_code=code) from error
+        reason = f"{error.ename}: {error.evalue}".strip(": ").splitlines()[0].rstrip(".")
+        message = f"{name} failed in cell {error.exec_count}: {reason}"
+        code = getattr(getattr(errors, error.ename, None), "exit_code", 1)  # one of ours keeps it
+        fix = f"See {files.relative(output)}."
+        raise NotebookError(message, fix, exit_code=code) from error
     except DeadKernelError as error:
         fix = "Often memory: use a smaller batch_size. Run it again, it resumes."
-        raise NotebookError(f"{path.stem}: the kernel died", fix, exit_code=138) from error
+        raise NotebookError(f"{name}: the kernel died", fix, exit_code=138) from error
     except CellTimeoutError as error:
-        raise NotebookError(f"{path.stem}: a cell took longer than {timeout} s", "Raise --timeout; a new run resumes.") from error
+        message = f"{name}: a cell took longer than {timeout} s"
+        raise NotebookError(message, "Raise --timeout; a new run resumes.") from error
     except RuntimeError as error:  # what jupyter raises when a kernel does not come up
-        raise NotebookError(f"{path.stem}: {str(error).splitlines()[0]}", "Run it again when the machine is less busy.") from error
-    skipped = [cell for cell in done.cells if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None]
-    left = [out for cell in done.cells for out in cell.get("outputs", []) if out.get("ename") == "SystemExit"]
-    if skipped or left:
-        raise NotebookError(
-            f"{path.stem} left before its end (sys.exit?): {len(skipped)} cells did not run", f"See {runtime.relative(output)}."
-        )
-    return output
+        message = f"{name}: {str(error).splitlines()[0]}"
+        raise NotebookError(message, "Run it again when the machine is less busy.") from error
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
-Parameters = Annotated[tuple[tuple[str, str], ...], tyro.conf.arg(aliases=["-p"], metavar="NAME VALUE")]
+Parameters = Annotated[
+    tuple[tuple[str, str], ...], tyro.conf.arg(aliases=["-p"], metavar="NAME VALUE")
+]
+Size = Literal["smoke", "mini", "paper"]
 
 
-def run(notebook: str, /, param: Parameters = (), output: str | None = None, timeout: int | None = None):
+def run(
+    notebook: str,
+    /,
+    param: Parameters = (),
+    output: str | None = None,
+    timeout: int | None = None,
+):
     """Run one notebook headless: rsd run 01_train_vit -p epochs 3.
 
     Args:
@@ -192,138 +201,45 @@ def run(notebook: str, /, param: Parameters = (), output: str | None = None, tim
     """
     started = time.monotonic()
     path = run_notebook(notebook, dict(param), output, timeout)
-    runtime.log(f"done in {time.monotonic() - started:.0f} s: {runtime.relative(path)}")
+    runtime.log(f"done in {time.monotonic() - started:.0f} s: {files.relative(path)}")
 
 
 def reproduce(
-    profile: Literal["smoke", "mini", "paper"] = "mini",
+    profile: Size = "mini",
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None,
-    only: str | None = None,
-    jobs: int = 0,
 ):
-    """Run all notebooks in order, and say what came out.
+    """Run all notebooks one after the other; make reproduce runs them side by side.
 
     Args:
         profile: the size: smoke (a minute), mini (a laptop) or paper (GPUs, DiffusionDB).
         from_: begin with this notebook.
-        only: run this one alone.
-        jobs: notebooks that run at a time, each in its share of the cores; 0 takes two, or one on a GPU.
     """
     names = list(notebooks())
-    if only is not None:
-        names = [find_notebook(only).stem]
-    elif from_ is not None:
+    if from_ is not None:
         names = names[names.index(find_notebook(from_).stem) :]
-    if jobs < 0:
-        raise ConfigError(f"jobs = {jobs} is no number of notebooks", "Use 1 or more.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = jobs or (1 if runtime.device("auto").type == "cuda" else min(2, cores))
-    figures = config.profile(profile).figures
-    parameters = {"profile": profile, **({"figures": str(runtime.root() / figures)} if figures else {})}
-    rows = sorted(_run_all(names, parameters, jobs, cores))
-    runtime.log("\nnotebook                 seconds  new files")
-    for name, seconds, files in rows:
-        runtime.log(f"{name:<24} {seconds:>7.0f}  {', '.join(files) or '-'}")
-    for path in sorted((runtime.root() / "runs" / profile).glob("*/results.json")):
-        result = runtime.read_json(path)
-        cosine = result["cosine"]
-        found = f"median rank {result['median_rank']:.0f} of {result['candidates']}"
-        runtime.log(f"{path.parent.name:<32} test cosine {cosine['mean']:.4f} [{cosine['low']:.4f}, {cosine['high']:.4f}]  {found}")
+    for number, name in enumerate(names, 1):
+        runtime.log(f"[{number}/{len(names)}] {name}")
+        run(name, (("profile", profile),))
 
 
-# Whose runs a notebook reads: alone it trains them itself, side by side both would. All wait for 00, and 09 waits for all.
-_READS = {"05": {"01"}, "06": {"01", "02", "03", "04"}, "07": {"04"}, "08": {"03"}}
-
-
-def _waits_for(name, names):
-    """Return which of `names`, in order, have to be done before a notebook may begin."""
-    before = names[: names.index(name)]
-    here, own = {other[:2] for other in names}, _READS.get(name[:2], set())
-    absent = own - here  # whoever comes first trains these
-
-    def needed(number):
-        return number in {"00", name[:2], *own} or name[:2] == "09" or absent & _READS.get(number, set())
-
-    return {other for other in before if needed(other[:2])}
-
-
-def _run_all(names, parameters, jobs, cores):
-    """Run notebooks, `jobs` at a time, in order as far as they do not wait for each other: list of name, seconds, new files."""
-    waiting, running, children, rows, failed = list(names), {}, [], [], None
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children end as well
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            while running or (waiting and not failed):
-                done = {name for name, _, _ in rows}
-                ready = [name for name in waiting if not (_waits_for(name, names) - done)]
-                ready.sort(key=lambda name: name[:2] != "08")  # the longest first: what begins last ends last
-                for name in () if failed else ready[: jobs - len(running)]:
-                    waiting.remove(name)
-                    runtime.log(f"[{len(names) - len(waiting)}/{len(names)}] {name}")
-                    alone = len(names) == 1 or name[:2] in ("00", "09")
-                    threads = cores if alone else max(cores // jobs, 1)
-                    running[pool.submit(_run_apart, name, parameters, threads, children)] = name
-                for finished in wait(running, return_when=FIRST_COMPLETED).done:
-                    name = running.pop(finished)
-                    try:
-                        rows.append((name, *finished.result()))
-                    except NotebookError as error:  # what runs beside it goes on to its end
-                        failed = failed or error
-        finally:
-            for child in children:
-                child.terminate()
-            signal.signal(signal.SIGTERM, before)
-    if failed:
-        raise failed
-    return rows
-
-
-def _run_apart(name, parameters, threads, children):
-    """Run a notebook in a process of its own, its lines marked with its number; return seconds and new files."""
-    started, clock = time.time(), time.monotonic()
-    options = [word for pair in parameters.items() for word in ("-p", *pair)]
-    command = [sys.executable, "-m", "rsdlib.cli", "run", name, *options]
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    child = subprocess.Popen(command, env=environment, **pipe)
-    children.append(child)
-
-    def relay():
-        for line in child.stdout:
-            runtime.log(f"{name[:2]} | {line.rstrip()}")
-
-    reader = threading.Thread(target=relay, daemon=True)
-    reader.start()
-    code = child.wait()
-    reader.join(5)  # no longer: what a killed kernel leaves behind may hold the pipe open
-    if code:
-        raise NotebookError(f"{name} failed", "See its lines above.", exit_code=138 if code < 0 else code)
-    return time.monotonic() - clock, _new_files(name, started)
-
-
-def _new_files(name, since):
-    """Return the figures and tables that a notebook has written since a time."""
-    places = (f"figures/{name[:2]}_*", f"runs/*/figures-*/{name[:2]}_*")
-    files = (path for place in places for path in runtime.root().glob(place))
-    return [runtime.relative(path) for path in sorted(files) if path.stat().st_mtime >= since]
-
-
-def tables(profile: Literal["smoke", "mini", "paper"] = "mini", write: Path | None = None):
+def tables(profile: Size = "mini", figures: Path | None = None, write: Path | None = None):
     """Show the paper's five tables, ours beside the paper's numbers, from the stored results.
 
     Args:
         profile: whose results.
+        figures: the folder they lie in; default: the profile's own, else what ships with it.
         write: put them into this Markdown file, between its two marks.
     """
-    from rsdlib import recipes, tables
+    from rsdlib import experiment
+    from rsdlib.analysis import tables
 
-    chosen = config.profile(profile)
-    found = tables.collect(chosen.figures or recipes.prepare(chosen.data).figures(chosen))
+    folder = figures or experiment.results_folder(config.profile(profile))
+    found = tables.collect(folder)
     if write is None:
         print(tables.markdown(found))
         return
-    runtime.write_text(write, tables.insert(write.read_text(encoding="utf-8"), found))
-    runtime.log(f"tables: {write}")
+    files.write_text(write, tables.insert(write.read_text(encoding="utf-8"), found))
+    runtime.log(f"tables of {files.relative(folder)}: {write}")
 
 
 def predict(
@@ -345,79 +261,92 @@ def predict(
         captions: let the best captioner describe the images too.
         format: text to read, JSON with the embeddings, or CSV without them.
         device: auto, cpu or cuda.
-        on_bad: what to do about files that are no readable image: stop, or leave them out and say so.
+        on_bad: files that are no readable image: stop, or leave them out and say so.
     """
     from rsdlib.predict import Predictor, best_run
 
     if not images:
         raise ConfigError("no image was given", "For example: rsd predict picture.png")
     with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to the standard output
-        files = [file for image in images for file in _image_files(Path(image))]
-        folder = run or best_run(config.profile(profile).name)
-        captioner = best_run(config.profile(profile).name, captions=True) if captions else None
+        paths = [path for image in images for path in _image_files(Path(image))]
+        name = config.profile(profile).name
+        folder = run or best_run(name)
+        captioner = best_run(name, captions=True) if captions else None
         predictor = Predictor.load(folder, device, captioner)
         if on_bad == "skip":
-            files = [file for file in files if _readable(file)]
-        found = predictor.predict(files)
-    said = found.captions or [None] * len(files)
+            paths = [path for path in paths if _readable(path)]
+        prediction = predictor.predict(paths)
     if format == "csv":
-        print(found.table(files).to_csv(index=False), end="")
-        return
-    if format == "json":
-        rows = zip(files, found.embeddings.tolist(), found.words, found.prompts, said, strict=True)
-        keys = ("embedding", "words", "prompts", *(["caption"] if captions else []))
-        print(json.dumps([{"image": str(file), **dict(zip(keys, row, strict=False))} for file, *row in rows]))
-        return
-    print(f"model: {runtime.relative(folder)}")
-    for file, words, prompts, caption in zip(files, found.words, found.prompts, said, strict=True):
-        print(f"\n{file}")
-        if captions:
-            print(f"  caption  {caption}")
-        if words:
-            print("  words    " + ", ".join(f"{word} {probability:.2f}" for word, probability in words))
-        for prompt, similarity in prompts:
-            print(f"  {similarity:.3f}    {prompt}")
+        print(prediction.table(paths).to_csv(index=False), end="")
+    elif format == "json":
+        print(json.dumps(_records(paths, prediction)))
+    else:
+        print(f"model: {files.relative(folder)}")
+        for record in _records(paths, prediction):
+            _print_record(record)
 
 
-def _readable(file):
+def _records(paths, prediction):
+    columns = {
+        "image": [str(path) for path in paths],
+        "embedding": prediction.embeddings.tolist(),
+        "words": prediction.words,
+        "prompts": prediction.prompts,
+    }
+    if prediction.captions is not None:
+        columns["caption"] = prediction.captions
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _print_record(record):
+    print(f"\n{record['image']}")
+    if "caption" in record:
+        print(f"  caption  {record['caption']}")
+    if record["words"]:
+        words = ", ".join(f"{word} {probability:.2f}" for word, probability in record["words"])
+        print(f"  words    {words}")
+    for prompt, similarity in record["prompts"]:
+        print(f"  {similarity:.3f}    {prompt}")
+
+
+def _readable(path):
     from rsdlib.data import open_image
 
     try:
-        open_image(file)
+        open_image(path)
     except errors.BadImageError as error:
         print(f"left out: {error.id}: {error.reason}")
         return False
     return True
 
 
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
 def _image_files(path):
-    if path.is_dir():
-        found = sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-        )
-        if not found:
-            raise ConfigError(f"there are no images in {path}")
-        return found
     if not path.exists():
         raise ConfigError(f"there is no file {path}")
-    return [path]
+    if not path.is_dir():
+        return [path]
+    paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    if not paths:
+        raise ConfigError(f"there are no images in {path}")
+    return paths
 
 
 def main(arguments=None):
     """Run ``rsd``; errors that `rsdlib` names end in one line and a documented exit code.
 
-    Exit codes: 0 done, 1 a notebook failed, 2 wrong usage or parameter, 3 refused input, 130 interrupted,
-    138 the kernel died.
+    Exit codes: 0 done, 1 a notebook failed, 2 wrong usage or parameter, 3 refused input, 130
+    interrupted, 138 the kernel died.
     """
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
+    how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="rsd", args=arguments, config=(tyro.conf.UseAppendAction,))
-    except ConfigError as error:
-        print(f"rsd: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        tyro.extras.subcommand_cli_from_dict(commands, **how)
     except RsdError as error:
         print(f"rsd: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", EXIT_REFUSED))
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("rsd: stopped; run it again, it resumes", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,7 @@
-"""The errors a user may meet. Each message says which item, why, and what to do; the command line prints it in one line."""
+"""The errors a user may meet: each says which item, why, and what to do, in one line."""
+
+import contextlib
+import errno
 
 
 class RsdError(Exception):
@@ -12,6 +15,8 @@ class RsdError(Exception):
         What the user can do about it; appended to the message.
     """
 
+    exit_code = 3  # what the command line exits with: input refused
+
     def __init__(self, message, fix=None):
         super().__init__(f"{message}. {fix}" if fix else message)
         self.fix = fix
@@ -19,6 +24,8 @@ class RsdError(Exception):
 
 class ConfigError(RsdError):
     """A parameter is unknown, of the wrong type or outside its range."""
+
+    exit_code = 2
 
 
 class MissingPackageError(RsdError, ImportError):
@@ -39,7 +46,10 @@ class BadImageError(RsdError):
     """
 
     def __init__(self, id, part, reason):
-        super().__init__(f"image {id!r} in {part}: {reason}", "Remove it, or read with on_bad='skip' to leave it out and count it.")
+        super().__init__(
+            f"image {id!r} in {part}: {reason}",
+            "Remove it, or read with on_bad='skip' to leave it out and count it.",
+        )
         self.id, self.part, self.reason = str(id), str(part), reason
 
     def __reduce__(self):  # a process pool sends errors home by their arguments
@@ -55,7 +65,7 @@ class BadTableError(RsdError):
 
 
 class BadValueError(RsdError, ValueError):
-    """Numbers handed in are not usable: wrong shape, not finite, or a zero row where a direction is needed."""
+    """Numbers are not usable: wrong shape, not finite, or zero where a direction is needed."""
 
 
 class CacheError(RsdError):
@@ -86,3 +96,22 @@ class NotebookError(RsdError):
     def __init__(self, message, fix=None, exit_code=1):
         super().__init__(message, fix)
         self.exit_code = exit_code
+
+
+# What an error says of a file. Libraries raise an `OSError` without a number where it is broken.
+_OF_FILES = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL}
+
+
+@contextlib.contextmanager
+def refusing(causes, kind, *texts):
+    """Answer what libraries raise on broken data by ``kind(*texts)``; "{}" is their reason.
+
+    A fault of the machine, such as too many open files, says nothing of the data and passes.
+    """
+    try:
+        yield
+    except causes as error:
+        if getattr(error, "errno", None) not in _OF_FILES:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise kind(*(text.replace("{}", reason) for text in texts)) from error

@@ -1,4 +1,4 @@
-"""Use what was trained: an image in; the prompt's embedding, its likely words and the nearest known prompts out."""
+"""Use what was trained: an image in; its prompt's embedding, words and nearest prompts out."""
 
 import os
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from rsdlib import data, recipes, retrieval, runtime
-from rsdlib.errors import CacheError
+from rsdlib import data, ensemble, experiment, files, runtime, training
+from rsdlib.errors import CacheError, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Prediction:
     captions: list | None = None
 
     def table(self, images):
-        """Return a DataFrame to save: image, caption, words and prompts with what the model thinks of them, no embeddings.
+        """Return a DataFrame to save: one row an image, no embeddings.
 
         Parameters
         ----------
@@ -42,9 +42,13 @@ class Prediction:
         rows = {"image": [str(image) for image in images]}
         if self.captions is not None:
             rows["caption"] = self.captions
-        rows["words"] = ["; ".join(f"{word} {probability:.3f}" for word, probability in words) for words in self.words]
-        rows["nearest_prompt"] = [prompts[0][0] if prompts else "" for prompts in self.prompts]
-        rows["similarity"] = [prompts[0][1] if prompts else np.nan for prompts in self.prompts]
+        rows["words"] = [
+            "; ".join(f"{word} {probability:.3f}" for word, probability in words)
+            for words in self.words
+        ]
+        nearest = [prompts[0] if prompts else ("", np.nan) for prompts in self.prompts]
+        rows["nearest_prompt"] = [prompt for prompt, _ in nearest]
+        rows["similarity"] = [similarity for _, similarity in nearest]
         return pd.DataFrame(rows)
 
 
@@ -53,47 +57,49 @@ class Predictor:
 
     Parameters
     ----------
-    model : rsdlib.model.PromptRegressor
+    model : rsdlib.models.PromptRegressor
     words : sequence of str
         The vocabulary, in the order of the model's logits.
     bank : list of str or None
         Known prompts, in the order of `bank_embeddings`.
     bank_embeddings : ndarray (n, d) or None
     device : str
-    captioner : rsdlib.captioning.Captioner or None
+    captioner : rsdlib.models.Captioner or None
     """
 
-    def __init__(self, model, words=(), bank=None, bank_embeddings=None, device="auto", captioner=None):
+    def __init__(
+        self, model, words=(), bank=None, bank_embeddings=None, device="auto", captioner=None
+    ):
         self.device = runtime.device(device)
-        self.captioner = captioner.to(self.device).eval() if captioner is not None else None
-        self.model = model.to(self.device).eval()
-        self.words, self.bank, self.bank_embeddings = tuple(words), bank, bank_embeddings
+        self.model, self.words = model, tuple(words)
+        self.bank, self.bank_embeddings = bank, bank_embeddings
+        self.captioner = captioner
 
     @classmethod
-    def load(cls, folder, device="auto", captioner=None):
+    def load(cls, folder, device="auto", captioner=None, encoder=None):
         """Open a finished run folder, and perhaps a captioner's beside it.
+
+        Parameters
+        ----------
+        folder : path-like
+        device : str
+        captioner : path-like, optional
+        encoder : nn.Module, optional
+            What `rsdlib.experiment.plan` was given, if it was.
 
         Raises
         ------
         CacheError
             A folder holds no finished run of its kind, or a file in it is damaged.
+        CheckpointError
+            See `rsdlib.experiment.load_model`.
         """
-        folder = runtime.resolve_path(folder)
-        model, recipe = _open(folder, captions=False)
+        folder = files.resolve_path(folder)
+        model, recipe = _open(folder, captions=False, encoder=encoder)
         if captioner is not None:
-            captioner, _ = _open(runtime.resolve_path(captioner), captions=True)
-        prepared = runtime.cache_dir() / "prepared" / recipe.prepared
-        try:
-            pairs = pd.read_parquet(prepared / "pairs.parquet", columns=["prompt", "split"])
-            embeddings = runtime.load_arrays(prepared / "answers.safetensors")[0]["targets"]
-        except (OSError, CacheError):
-            runtime.log(
-                f"the training prompts of {folder.name} are not here: no nearest prompts (rsd run 00_prepare_data brings them)"
-            )
-            return cls(model, recipe.words, device=device, captioner=captioner)
-        train = np.flatnonzero((pairs["split"] == "train").to_numpy())
-        distinct = train[~pairs["prompt"].iloc[train].duplicated().to_numpy()]
-        return cls(model, recipe.words, pairs["prompt"].iloc[distinct].tolist(), embeddings[distinct], device, captioner)
+            captioner, _ = _open(files.resolve_path(captioner), captions=True)
+        bank, embeddings = _known_prompts(folder, recipe)
+        return cls(model, recipe.words, bank, embeddings, device, captioner)
 
     def predict(self, images, n_words=8, n_prompts=5, batch_size=64):
         """Predict from images.
@@ -109,51 +115,85 @@ class Predictor:
         -------
         Prediction
         """
-        import torch
-
-        images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
-        size = self.model.backbone.image_size
-        embeddings, probabilities = [np.empty((0, self.model.embedding_head.out_features), np.float32)], []
-        captions = None if self.captioner is None else []
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            images = [images]
+        images = list(images)
+        m = len(self.words)
+        embeddings = [np.empty((0, self.model.embedding_head.out_features), np.float32)]
+        probabilities = [np.empty((0, m), np.float32)]
+        captions = []
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
-            chunk = images[start : start + batch_size]
-            opened = [image.convert("RGB") if isinstance(image, Image.Image) else data.open_image(image) for image in chunk]
-            batch = self._batch(opened, size)
-            if captions is not None:
-                captions += self.captioner.caption(self._batch(opened, self.captioner.image_size))
-            with torch.inference_mode():
-                front = self.model.backbone.front
-                embedding, logits = self.model(batch if front is None else front.to(self.device)(batch))
+            chunk = [_opened(image) for image in images[start : start + batch_size]]
+            embedding, logits = self._read(chunk)
             embeddings.append(embedding.cpu().numpy())
-            if logits is not None:
+            if m:
                 probabilities.append(logits.float().sigmoid().cpu().numpy())
+            if self.captioner is not None:
+                captions += self._caption(chunk)
         embeddings = np.concatenate(embeddings)
-        words = prompts = [[] for _ in images]
-        if probabilities:
-            words = [_top(row, self.words, n_words) for row in np.concatenate(probabilities)]
-        if self.bank and n_prompts and images:
-            similarity, index = retrieval.nearest(embeddings, self.bank_embeddings, min(n_prompts, len(self.bank)))
-            prompts = [[(self.bank[i], float(s)) for i, s in zip(*row, strict=True)] for row in zip(index, similarity, strict=True)]
-        return Prediction(embeddings, words, prompts, captions)
+        words = [_top(row, self.words, n_words) for row in np.concatenate(probabilities)]
+        prompts = self._nearest(embeddings, n_prompts)
+        if not m:
+            words = [[] for _ in images]
+        return Prediction(
+            embeddings, words, prompts, captions if self.captioner is not None else None
+        )
 
-    def _batch(self, opened, size):
-        """Return PIL images as one tensor (b, 3, size, size), uint8."""
+    def _read(self, images):
+        """Return embeddings (b, d) and vocabulary logits (b, m) of PIL images."""
+        encoder = self.model.backbone
+        front = getattr(encoder, "front", None)
+        with data.evaluating(self.model.to(self.device)):
+            batch = self._tensor(images, encoder.image_size)
+            return self.model(batch if front is None else front.to(self.device)(batch))
+
+    def _caption(self, images):
+        with data.evaluating(self.captioner.to(self.device)):
+            return self.captioner.caption(self._tensor(images, self.captioner.image_size))
+
+    def _tensor(self, images, size):
         import torch
 
-        return torch.from_numpy(data.Pictures(opened, size).batch(np.arange(len(opened)))).to(self.device)
+        pixels = data.Pictures(images, size).batch(np.arange(len(images)))
+        return torch.from_numpy(pixels).to(self.device)
+
+    def _nearest(self, embeddings, n_prompts):
+        if not (self.bank and n_prompts and len(embeddings)):
+            return [[] for _ in embeddings]
+        k = min(n_prompts, len(self.bank))
+        similarity, index = ensemble.nearest(embeddings, self.bank_embeddings, k)
+        return [
+            [(self.bank[i], float(s)) for i, s in zip(where, near, strict=True)]
+            for where, near in zip(index, similarity, strict=True)
+        ]
 
 
-def _open(folder, captions):
+def _opened(image):
+    return image.convert("RGB") if isinstance(image, Image.Image) else data.open_image(image)
+
+
+def _known_prompts(folder, recipe):
+    """Return the distinct training prompts of a run and their embeddings, or None twice."""
+    prepared = files.cache_dir() / "prepared" / recipe.prepared
+    try:
+        pairs = pd.read_parquet(prepared / "pairs.parquet", columns=["prompt", "split"])
+        embeddings = files.open_rows(prepared / "targets.npy")
+    except (OSError, CacheError):
+        missing = f"the training prompts of {folder.name} are not here: no nearest prompts"
+        runtime.log(f"{missing} (rsd run 00_prepare_data brings them)")
+        return None, None
+    train = pairs[pairs["split"] == "train"].drop_duplicates("prompt")
+    return train["prompt"].tolist(), embeddings[train.index.to_numpy()]
+
+
+def _open(folder, captions, encoder=None):
     """Return model and recipe of a finished run that answers in embeddings, or in captions."""
-    wanted, notebook = ("captioner", "08_captioning") if captions else ("run that predicts embeddings", "01_train_vit")
-    if not (folder / "difficulty.parquet").is_file() or _captions(folder) != captions:
-        raise CacheError(f"{runtime.relative(folder)} holds no finished {wanted}", f"Train one: rsd run {notebook}.")
-    return recipes.load_model(folder)
-
-
-def _captions(folder):
-    made_from = runtime.read_json(folder / "config.json")["recipe"]
-    return made_from.get("backbone", {}).get("library") == "blip"
+    if not training.is_finished(folder) or experiment.Recipe.load(folder).captions != captions:
+        what = "captioner" if captions else "run that predicts embeddings"
+        notebook = "08_captioning" if captions else "01_train_vit"
+        message = f"{files.relative(folder)} holds no finished {what}"
+        raise CacheError(message, f"Train one: rsd run {notebook}.")
+    return experiment.load_model(folder, encoder)
 
 
 def _top(probabilities, words, n):
@@ -162,25 +202,38 @@ def _top(probabilities, words, n):
 
 
 def best_run(profile="mini", captions=False):
-    """Return a profile's finished run with the best validation score: of a model that predicts embeddings, or captions.
+    """Return a profile's finished run with the best validation score.
 
-    Runs with a vocabulary head come before those without: they can say words, too.
+    Of models that predict embeddings, or of captioners. Runs with a vocabulary head come before
+    those without: they can say words, too.
+
+    Parameters
+    ----------
+    profile : str
+    captions : bool
+
+    Returns
+    -------
+    Path
 
     Raises
     ------
     CacheError
         There is none yet.
     """
-    every = (path.parent for path in (runtime.root() / "runs" / profile).glob("*/difficulty.parquet"))
-    finished = [folder for folder in sorted(every) if _captions(folder) == captions]
-    if not finished:
-        what, notebook = ("no captioner", "08_captioning") if captions else ("nothing", "01_train_vit")
-        raise CacheError(f"{what} is trained yet below runs/{profile}", f"Run: rsd run {notebook}")
-
-    from rsdlib import training
-
-    def rank(folder):
-        run = training.load_run(folder)
-        return not captions and bool(run.recipe["words"]), run.metrics["val_similarity"].max()
-
-    return max(finished, key=rank)
+    ranked = []
+    for path in sorted((files.root() / "runs" / profile).glob("*/difficulty.parquet")):
+        try:
+            recipe = experiment.Recipe.load(path.parent)
+        except CheckpointError as error:  # of another version: named, and left alone
+            runtime.log(str(error))
+            continue
+        if recipe.captions == captions and recipe.backbone.library != "own":
+            score = training.load_run(path.parent).metrics["val_similarity"].max()
+            ranked.append((not captions and bool(recipe.words), score, path.parent))
+    if not ranked:
+        what = "no captioner" if captions else "nothing"
+        notebook = "08_captioning" if captions else "01_train_vit"
+        message = f"{what} is trained yet below runs/{profile}"
+        raise CacheError(message, f"Run: rsd run {notebook}")
+    return max(ranked)[-1]

@@ -1,4 +1,7 @@
-"""Makers of good and broken inputs. Each entry of a table is a name and a function, so that collecting tests costs nothing."""
+"""Makers of good and broken inputs.
+
+Each entry of a table is a name and a function, so that collecting tests costs nothing.
+"""
 
 import io
 import json
@@ -11,13 +14,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-# --- images -----------------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def photo(width=48, height=40, seed=0):
     """Return an image with gradients and noise, so that its files do not compress to nothing."""
     y, x = np.mgrid[:height, :width]
-    planes = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], axis=-1)  # (h, w, 3)
+    planes = np.stack(
+        [x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], axis=-1
+    )  # (h, w, 3)
     noise = np.random.default_rng(seed).integers(-30, 30, planes.shape)
     return Image.fromarray((planes + noise).clip(0, 255).astype(np.uint8))
 
@@ -35,7 +40,7 @@ def chunk(kind, data=b""):
 
 
 def png(width, height, bits, colour, rows, *extra):
-    """Return a PNG made by hand: `colour` 0 grey, 2 RGB; `rows` the filtered bytes; `extra` chunks before the data."""
+    """Return a PNG made by hand: `colour` 0 grey, 2 RGB; `rows` filtered; `extra` chunks."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     data = chunk(b"IDAT", zlib.compress(rows)) if rows is not None else b""
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(extra) + data + chunk(b"IEND")
@@ -58,11 +63,13 @@ def _animation(format):
 
 
 def _compressed_text(kind, fields):
-    return png(1, 1, 8, 0, b"\0\0", chunk(kind, b"note\0" + fields + zlib.compress(b" " * 3_000_000)))
+    return png(
+        1, 1, 8, 0, b"\0\0", chunk(kind, b"note\0" + fields + zlib.compress(b" " * 3_000_000))
+    )
 
 
 def _uncompressed_flip():
-    """Flip a pixel's byte in data that zlib only stores: nothing but the chunk's checksum can tell."""
+    """Flip a pixel's byte in data that zlib only stores: only the chunk's checksum can tell."""
     data = encode(photo(), "PNG", compress_level=0)
     return flip(data, data.index(b"IDAT") + 400)
 
@@ -104,8 +111,12 @@ BROKEN_IMAGES = {
     "LAB TIFF": lambda: encode(Image.new("LAB", (4, 4)), "TIFF"),
     "bomb, 1-bit PNG": lambda: png(20_000, 20_000, 1, 0, bytes(2501 * 20_000)),
     "bomb, 17 megapixels": lambda: png(4000, 4250, 8, 0, bytes(4001 * 4250)),
-    "bomb, GIF's extents": lambda: (data := encode(photo(), "GIF"))[:6] + b"\xff\xff\xff\xff" + data[10:],
-    "bomb, BMP's extents": lambda: (data := encode(photo(), "BMP"))[:18] + struct.pack("<II", 60_000, 60_000) + data[26:],
+    "bomb, GIF's extents": lambda: (
+        (data := encode(photo(), "GIF"))[:6] + b"\xff\xff\xff\xff" + data[10:]
+    ),
+    "bomb, BMP's extents": lambda: (
+        (data := encode(photo(), "BMP"))[:18] + struct.pack("<II", 60_000, 60_000) + data[26:]
+    ),
     "bomb, iTXt": lambda: _compressed_text(b"iTXt", b"\1\0\0\0"),
     "bomb, zTXt": lambda: _compressed_text(b"zTXt", b"\0"),
 }
@@ -138,40 +149,107 @@ GOOD_IMAGES = {
     "P, transparent colour": (lambda: _palette(1), (4, 4), _WHITE, 0),
     "P, alpha a colour": (lambda: _palette(b"\xff\x00"), (4, 4), _WHITE, 0),
     "RGB": (lambda: encode(Image.new("RGB", (4, 4), (1, 2, 3))), (4, 4), (1, 2, 3), 0),
-    "RGB, transparent colour": (lambda: encode(Image.new("RGB", (4, 4), (9, 8, 7)), transparency=(9, 8, 7)), (4, 4), _WHITE, 0),
-    "RGBA, transparent red": (lambda: encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0))), (4, 4), _WHITE, 0),
-    "RGBA, half": (lambda: encode(Image.new("RGBA", (4, 4), (255, 0, 0, 128))), (4, 4), (255, 127, 127), 0),
-    "RGBA, opaque WebP": (lambda: encode(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), "WEBP", lossless=True), (4, 4), (9, 8, 7), 0),
+    "RGB, transparent colour": (
+        lambda: encode(Image.new("RGB", (4, 4), (9, 8, 7)), transparency=(9, 8, 7)),
+        (4, 4),
+        _WHITE,
+        0,
+    ),
+    "RGBA, transparent red": (
+        lambda: encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0))),
+        (4, 4),
+        _WHITE,
+        0,
+    ),
+    "RGBA, half": (
+        lambda: encode(Image.new("RGBA", (4, 4), (255, 0, 0, 128))),
+        (4, 4),
+        (255, 127, 127),
+        0,
+    ),
+    "RGBA, opaque WebP": (
+        lambda: encode(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), "WEBP", lossless=True),
+        (4, 4),
+        (9, 8, 7),
+        0,
+    ),
     "1": (lambda: encode(Image.new("1", (4, 4), 1)), (4, 4), _WHITE, 0),
     "16-bit grey": (lambda: _grey16(40_000), (4, 4), (156,) * 3, 0),
     "16-bit grey, white": (lambda: _grey16(65_535), (4, 4), _WHITE, 0),
-    "16-bit grey, transparent": (lambda: _grey16(500, chunk(b"tRNS", struct.pack(">H", 500))), (4, 4), _WHITE, 0),
-    "16-bit grey TIFF": (lambda: encode(Image.fromarray(np.full((4, 4), 40_000, np.uint16)), "TIFF"), (4, 4), (156,) * 3, 0),
-    "16-bit RGB": (lambda: png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 40_000, 0, 65_535)), (1, 1), (156, 0, 255), 0),
-    "CMYK JPEG": (lambda: encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), (8, 8), (255, 0, 0), 3),
-    "CMYK TIFF": (lambda: encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), (4, 4), (255, 0, 0), 0),
-    "YCbCr TIFF": (lambda: encode(Image.new("RGB", (4, 4), "red").convert("YCbCr"), "TIFF"), (4, 4), (255, 0, 0), 3),
-    "lossless WebP": (lambda: encode(Image.new("RGB", (4, 4), (1, 2, 3)), "WEBP", lossless=True), (4, 4), (1, 2, 3), 0),
+    "16-bit grey, transparent": (
+        lambda: _grey16(500, chunk(b"tRNS", struct.pack(">H", 500))),
+        (4, 4),
+        _WHITE,
+        0,
+    ),
+    "16-bit grey TIFF": (
+        lambda: encode(Image.fromarray(np.full((4, 4), 40_000, np.uint16)), "TIFF"),
+        (4, 4),
+        (156,) * 3,
+        0,
+    ),
+    "16-bit RGB": (
+        lambda: png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 40_000, 0, 65_535)),
+        (1, 1),
+        (156, 0, 255),
+        0,
+    ),
+    "CMYK JPEG": (
+        lambda: encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"),
+        (8, 8),
+        (255, 0, 0),
+        3,
+    ),
+    "CMYK TIFF": (
+        lambda: encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"),
+        (4, 4),
+        (255, 0, 0),
+        0,
+    ),
+    "YCbCr TIFF": (
+        lambda: encode(Image.new("RGB", (4, 4), "red").convert("YCbCr"), "TIFF"),
+        (4, 4),
+        (255, 0, 0),
+        3,
+    ),
+    "lossless WebP": (
+        lambda: encode(Image.new("RGB", (4, 4), (1, 2, 3)), "WEBP", lossless=True),
+        (4, 4),
+        (1, 2, 3),
+        0,
+    ),
     "still GIF": (lambda: encode(Image.new("RGB", (4, 4), "red"), "GIF"), (4, 4), (255, 0, 0), 0),
     "BMP": (lambda: encode(Image.new("RGB", (4, 4), (1, 2, 3)), "BMP"), (4, 4), (1, 2, 3), 0),
     "camera's JPEG with a preview": (lambda: _animation("MPO"), (48, 40), (10, 10, 10), 50),
     "turned by EXIF": (_turned, (10, 20), _WHITE, 0),
     "1 x 1": (lambda: encode(Image.new("RGB", (1, 1), "red")), (1, 1), (255, 0, 0), 0),
-    "1 x 10,000": (lambda: encode(Image.new("RGB", (1, 10_000), "red")), (1, 10_000), (255, 0, 0), 0),
-    "10,000 x 1": (lambda: encode(Image.new("RGB", (10_000, 1), "red")), (10_000, 1), (255, 0, 0), 0),
+    "1 x 10,000": (
+        lambda: encode(Image.new("RGB", (1, 10_000), "red")),
+        (1, 10_000),
+        (255, 0, 0),
+        0,
+    ),
+    "10,000 x 1": (
+        lambda: encode(Image.new("RGB", (10_000, 1), "red")),
+        (10_000, 1),
+        (255, 0, 0),
+        0,
+    ),
 }
 
-# --- zips -------------------------------------------------------------------------------------------------------------------
+# --- zips -----------------------------------------------------------------------------------------
 
 
 def zip_bytes(members, method=zipfile.ZIP_STORED, links=()):
-    """Return a zip of name -> bytes, under any names at all; those in `links` are marked as symbolic links."""
+    """Return a zip of name -> bytes, under any names; those in `links` are symbolic links."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", method) as archive:
         for name, data in members.items():
             entry = zipfile.ZipInfo(name.replace("\0", "~"))  # `ZipInfo` cuts a name at its NUL
             entry.compress_type = method
-            entry.external_attr = (stat.S_IFLNK | 0o777 if name in links else stat.S_IFREG | 0o644) << 16
+            entry.external_attr = (
+                stat.S_IFLNK | 0o777 if name in links else stat.S_IFREG | 0o644
+            ) << 16
             archive.writestr(entry, data)
     packed = stream.getvalue()
     for name in members:
@@ -214,7 +292,10 @@ def _twice():
 
 
 BROKEN_ZIPS = {
-    **{f"name {name!r}": (lambda name=name: zip_bytes({"ok.png": b"", name: b""})) for name in UNSAFE_NAMES},
+    **{
+        f"name {name!r}": (lambda name=name: zip_bytes({"ok.png": b"", name: b""}))
+        for name in UNSAFE_NAMES
+    },
     "empty file": lambda: b"",
     "HTML": lambda: BROKEN_IMAGES["HTML error page"](),
     "cut in half": lambda: (data := zip_bytes(_GOOD))[: len(data) // 2],
@@ -227,7 +308,9 @@ BROKEN_ZIPS = {
     "member twice": _twice,
     "bomb by ratio": lambda: zip_bytes(_SPACES, zipfile.ZIP_DEFLATED),
     "bomb by size": lambda: patch_entry(zip_bytes(_GOOD), 24, "<I", 65 * 2**20),
-    "too many members": lambda: zip_bytes({f"{i:04d}.png": b"" for i in range(60)}),  # the test lowers the limit
+    "too many members": lambda: zip_bytes(
+        {f"{i:04d}.png": b"" for i in range(60)}
+    ),  # the test lowers the limit
 }
 # The zip is sound but for its first member, a.png, which alone is refused.
 BROKEN_MEMBERS = {
@@ -235,15 +318,19 @@ BROKEN_MEMBERS = {
     "flipped deflated byte": lambda: flip(zip_bytes(_GOOD, zipfile.ZIP_DEFLATED), 80),
     "local header gone": lambda: flip(zip_bytes(_GOOD), 0),
     "other name in the local header": lambda: flip(zip_bytes(_GOOD), 30, 2),
-    "more than it states": lambda: patch_entry(zip_bytes({**_GOOD, **_SPACES}, zipfile.ZIP_DEFLATED), 24, "<I", 1000),
+    "more than it states": lambda: patch_entry(
+        zip_bytes({**_GOOD, **_SPACES}, zipfile.ZIP_DEFLATED), 24, "<I", 1000
+    ),
     "less than it states": lambda: patch_entry(zip_bytes(_GOOD), 24, "<I", 60_000),
     "zip in the zip": lambda: zip_bytes({"a.png": zip_bytes(_GOOD), "b.png": _GOOD["b.png"]}),
 }
 
-# --- folders ----------------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
-def diffusiondb(folder, parts=2, images=5, *, table=True, jsons=True, extracted=False, format="PNG"):
+def diffusiondb(
+    folder, parts=2, images=5, *, table=True, jsons=True, extracted=False, format="PNG"
+):
     """Write a sound folder in DiffusionDB's layout; return its table."""
     rows = []
     for part in range(1, parts + 1):
@@ -252,8 +339,22 @@ def diffusiondb(folder, parts=2, images=5, *, table=True, jsons=True, extracted=
             seed = 1000 * part + i
             name = f"{zlib.crc32(b'%d' % seed):08x}-{seed}.{format.lower()}"
             members[name] = encode(photo(40 + i, 48, seed), format)
-            listed[name] = {"p": f"a photo of the number {seed}", "se": seed, "c": 7.0, "st": 50, "sa": "k_lms"}
-            rows.append({"image_name": name, "prompt": listed[name]["p"], "part_id": part, "seed": seed, "image_nsfw": 0.1})
+            listed[name] = {
+                "p": f"a photo of the number {seed}",
+                "se": seed,
+                "c": 7.0,
+                "st": 50,
+                "sa": "k_lms",
+            }
+            rows.append(
+                {
+                    "image_name": name,
+                    "prompt": listed[name]["p"],
+                    "part_id": part,
+                    "seed": seed,
+                    "image_nsfw": 0.1,
+                }
+            )
         if jsons:
             members[f"part-{part:06d}.json"] = json.dumps(listed).encode()
         write_part(folder, part, members, extracted)

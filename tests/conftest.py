@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "RSD_HEADLESS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one core each
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A model hub on the loopback interface: as much of its HTTP interface as downloads need, over local folders."""
+"""A model hub on the loopback: as much of its HTTP interface as downloads need, over folders."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def serve(repositories):
-    """Serve folders by repository id; yields the address and the list of paths that were asked for."""
+    """Serve folders by repository id; yields the address and the paths that were asked for."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,12 +35,26 @@ def serve(repositories):
                 file = repositories["/".join(parts[:2])].joinpath(*parts[4:])
                 if file.is_file():
                     return self.send(200, file.read_bytes(), body, "application/octet-stream")
-            return self.send(404, b'{"error": "Repository not found"}', body, headers={"X-Error-Code": "RepoNotFound"})
+            return self.send(
+                404,
+                b'{"error": "Repository not found"}',
+                body,
+                headers={"X-Error-Code": "RepoNotFound"},
+            )
 
         def describe(self, name, body):
             folder = repositories[name]
-            files = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
-            told = {"id": name, "modelId": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+            files = [
+                str(path.relative_to(folder))
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            ]
+            told = {
+                "id": name,
+                "modelId": name,
+                "sha": COMMIT,
+                "siblings": [{"rfilename": file} for file in files],
+            }
             self.send(200, json.dumps(told).encode(), body)
 
         def tree(self, name, body):

@@ -1,6 +1,7 @@
-"""Kill training runs with SIGKILL and take them up again until they end: python kills.py FOLDER random|writes COUNT.
+"""Kill training runs with SIGKILL and take them up again until they end.
 
-One process imports torch and forks a child for each try, so that a try costs a second and not ten. Prints one JSON line.
+``python kills.py FOLDER random|writes COUNT`` imports torch once and forks a child for each try, so
+that a try costs a second and not ten. It prints one JSON line.
 """
 
 import contextlib
@@ -15,45 +16,91 @@ from pathlib import Path
 import torch
 import toy
 
-from rsdlib import runtime
+from rsdlib import files
 
 torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
-real_replace = os.replace
 
 
-def attempt(folder, kill_after=None, kill_at_write=None, late=False):
-    """Train in a child; kill it after some seconds, or before (or right after) its n-th file takes its place.
+def attempt(folder, **how):
+    """Train in a child that may be killed; return whether it finished.
 
-    Returns whether it finished.
+    Parameters
+    ----------
+    folder : Path
+    **how
+        Nothing, or `seconds` after which it is killed, or what `dying_replace` takes.
     """
+    seconds = how.pop("seconds", None)
     child = os.fork()
     if child == 0:
-        writes = 0
-
-        def replace(source, target):
-            nonlocal writes
-            writes += 1
-            if writes == kill_at_write and not late:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real_replace(source, target)
-            if writes == kill_at_write:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        os.replace = replace
+        if how:
+            os.replace = dying_replace(os.replace, **how)
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
             toy.fit(folder)
         os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
+    if seconds is not None:
+        time.sleep(seconds)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), f"a run failed with exit code {code}"
+    return code == 0
+
+
+def dying_replace(replace, write, late):
+    """Return an `os.replace` that kills its process before, or if `late` after, its n-th call."""
+    writes = 0
+
+    def dying(source, target):
+        nonlocal writes
+        writes += 1
+        if writes == write and not late:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if writes == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return dying
 
 
 def checkpoint_step(folder):
     """Return the stored step; an unreadable checkpoint raises."""
     path = Path(folder) / "checkpoint.safetensors"
-    return runtime.load_arrays(path)[1]["step"] if path.exists() else 0
+    return files.load_arrays(path)[1]["step"] if path.exists() else 0
+
+
+def end(folder, expected):
+    """Let a killed run end, and compare it with the run that was never killed."""
+    before = checkpoint_step(folder)
+    assert attempt(folder)
+    assert checkpoint_step(folder) >= before
+    assert toy.fingerprint(folder) == expected, f"{folder.name} ended differently"
+    assert not list(folder.glob(".*.tmp")), f"{folder.name} left a temporary file"
+
+
+def at_writes(folder, expected):
+    """Kill a run before and after each of its writes, one run a kill; return kills and runs."""
+    kills = 0
+    while True:
+        write, late = kills // 2 + 1, kills % 2 == 1
+        target = folder / f"run-{kills}"
+        if attempt(target, write=write, late=late):
+            return kills, kills  # a run has fewer writes than that
+        kills += 1
+        end(target, expected)
+
+
+def at_random(folder, expected, count, seconds):
+    """Kill runs at random moments, each until it ends or `count` is reached; return kills, runs."""
+    rng = random.Random(0)
+    kills = runs = 0
+    while kills < count:
+        runs += 1
+        target = folder / f"run-{runs}"
+        while kills < count and not attempt(target, seconds=rng.uniform(0.2, 1.1) * seconds):
+            kills += 1
+        end(target, expected)
+    return kills, runs
 
 
 def main(folder, mode, count):
@@ -63,27 +110,12 @@ def main(folder, mode, count):
     assert attempt(folder / "whole")
     seconds = time.monotonic() - started
     expected = toy.fingerprint(folder / "whole")
-    rng = random.Random(0)
-    kills = identical = runs = number = 0
-    while kills < count if mode == "random" else True:
-        runs += 1
-        target = folder / f"run-{runs}"
-        if mode == "writes":
-            number, late = number + 1, runs % 2 == 0
-            number -= late
-            if attempt(target, kill_at_write=number, late=late):
-                break  # the run has fewer writes than that
-            kills += 1
-        else:
-            while kills < count and not attempt(target, kill_after=rng.uniform(0.2, 1.1) * seconds):
-                kills += 1
-        before = checkpoint_step(target)
-        assert attempt(target)
-        assert checkpoint_step(target) >= before
-        assert toy.fingerprint(target) == expected, f"run {runs} ended differently"
-        assert not list(target.glob(".*.tmp")), f"run {runs} left a temporary file"
-        identical += 1
-    print(json.dumps({"kills": kills, "runs": identical, "seconds": round(time.monotonic() - started, 1)}))
+    if mode == "writes":
+        kills, runs = at_writes(folder, expected)
+    else:
+        kills, runs = at_random(folder, expected, count, seconds)
+    spent = round(time.monotonic() - started, 1)
+    print(json.dumps({"kills": kills, "runs": runs, "seconds": spent}))
 
 
 if __name__ == "__main__":

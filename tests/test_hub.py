@@ -1,4 +1,4 @@
-"""Pretrained weights from the hub: the real loading code against a hub on the loopback interface, with tiny models."""
+"""Pretrained weights: the real loading code against a hub on the loopback, with tiny models."""
 
 import json
 import os
@@ -11,21 +11,24 @@ import tiny
 import torch
 from conftest import REPOSITORY
 
+from rsdlib import files, weights
+
 PROGRAM = """
 import dataclasses, json, sys
 import torch
-from rsdlib import backbones, registry
+from rsdlib import models, weights
 from rsdlib.config import BackboneConfig
 from rsdlib.errors import RsdError
 
+revision = "0123456789abcdef0123456789abcdef01234567"
 for name, sha256 in json.loads(sys.argv[1]).items():
-    registry.MODELS[name] = registry.ModelSpec(f"tiny/{name}", "0123456789abcdef0123456789abcdef01234567", "none", sha256)
+    weights.MODELS[name] = weights.ModelSpec(f"tiny/{name}", "none", revision, sha256)
+images = (torch.arange(3 * 32 * 32).reshape(1, 3, 32, 32) % 256).to(torch.uint8)
 for library, name in json.loads(sys.argv[2]):
     try:
-        encoder = backbones.create(BackboneConfig(library, name)).eval()
-        images = torch.arange(3 * 32 * 32).reshape(1, 3, 32, 32) % 256
+        encoder = models.create(BackboneConfig(library, name)).eval()
         with torch.no_grad():
-            read = images.to(torch.uint8) if encoder.front is None else encoder.front(images.to(torch.uint8))
+            read = images if encoder.front is None else encoder.front(images)
             print(json.dumps([name, encoder(read).double().sum().item()]))
     except RsdError as error:
         print(json.dumps([name, f"{type(error).__name__}: {error}"]))
@@ -36,16 +39,26 @@ for library, name in json.loads(sys.argv[2]):
 def repositories(tmp_path_factory):
     import timm
 
-    from rsdlib import runtime
-
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, **arguments)
-    cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "classifier": "head", "num_classes": 3}
-    told = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "pretrained_cfg": cfg, "model_args": arguments}
-    runtime.write_json(folder / "vit" / "config.json", told)
-    runtime.save_arrays(folder / "vit" / "model.safetensors", {name: value.numpy() for name, value in vit.state_dict().items()})
+    cfg = {
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "classifier": "head",
+        "num_classes": 3,
+    }
+    told = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "pretrained_cfg": cfg,
+        "model_args": arguments,
+    }
+    files.write_json(folder / "vit" / "config.json", told)
+    values = {name: value.numpy() for name, value in vit.state_dict().items()}
+    files.save_arrays(folder / "vit" / "model.safetensors", values)
     (folder / "clip").mkdir()
     tiny.clip(folder / "clip")
     tiny.stable_diffusion(folder / "sd")
@@ -84,6 +97,23 @@ def test_models_come_from_the_hub_and_then_from_the_cache(repositories, tmp_path
 
 def test_other_bytes_than_registered_are_refused(repositories, tmp_path):
     with hub.serve(repositories) as (endpoint, _):
-        found = load(endpoint, tmp_path, [("timm", "vit")], {"vit": {"model.safetensors": "0" * 64}})
+        found = load(
+            endpoint, tmp_path, [("timm", "vit")], {"vit": {"model.safetensors": "0" * 64}}
+        )
     assert "CheckpointError" in found["vit"]
     assert "model.safetensors has SHA-256" in found["vit"]
+
+
+# --- the registry ---------------------------------------------------------------------------------
+
+
+def test_a_folder_is_found_by_its_path_or_its_name(tmp_path, monkeypatch):
+    for folder in ("own", "given/other"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    monkeypatch.setenv("RSD_MODELS", str(tmp_path / "given"))
+    assert weights.find(tmp_path / "own", "config.json") == tmp_path / "own"
+    assert weights.find("own", "config.json") == tmp_path / "own"  # below the project
+    assert weights.find("own", "model_index.json") is None
+    assert weights.find("other", "config.json") == tmp_path / "given" / "other"
+    assert weights.find("other", "config.json", fetch=False) is None

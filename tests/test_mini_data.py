@@ -33,7 +33,9 @@ def truth():
 
 @pytest.fixture(scope="module")
 def archives():
-    return {path.stem: zipfile.ZipFile(path) for path in sorted((SHIPPED / "images").glob("part-*.zip"))}
+    return {
+        path.stem: zipfile.ZipFile(path) for path in sorted((SHIPPED / "images").glob("part-*.zip"))
+    }
 
 
 def test_records_refuse_near_duplicates():
@@ -48,12 +50,29 @@ def test_records_refuse_near_duplicates():
 def test_a_data_set_is_written_byte_for_byte_again(tmp_path):
     records = sample_dataset.sample_records(30, seed=3)
     images = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
-    seen = [{"judged_nouns": ["fox"], "judged_count": 1, "judged_setting": "snow", "judged_medium": "neon"}] * 30
+    seen = [
+        {
+            "judged_nouns": ["fox"],
+            "judged_count": 1,
+            "judged_setting": "snow",
+            "judged_medium": "neon",
+        }
+    ] * 30
     for name in ("a", "b"):
         sample_dataset.write(tmp_path / name, records, images, seen)
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert [str(file) for file in files] == ["images/part-000001.zip", "metadata.parquet", "names.json", "scenes.parquet"]
-    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    files = sorted(
+        path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()
+    )
+    assert [str(file) for file in files] == [
+        "images/part-000001.zip",
+        "metadata.parquet",
+        "names.json",
+        "scenes.parquet",
+    ]
+    assert all(
+        (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        for file in files
+    )
 
 
 def test_columns_are_those_of_diffusiondb(metadata, truth):
@@ -75,14 +94,18 @@ def test_rows_are_enough_and_say_how_they_were_sampled(metadata):
 
 def test_parts_list_their_images(metadata, archives):
     rows = metadata.to_pylist()
-    assert sorted(archives) == [f"part-{part:06d}" for part in sorted({row["part_id"] for row in rows})]
+    assert sorted(archives) == [
+        f"part-{part:06d}" for part in sorted({row["part_id"] for row in rows})
+    ]
     for name, archive in archives.items():
         listed = json.loads(archive.read(f"{name}.json"))
         assert set(archive.namelist()) == {*listed, f"{name}.json"}
         assert len(listed) <= 1000
         here = [row for row in rows if row["part_id"] == int(name[-6:])]
         keys = {"p": "prompt", "se": "seed", "c": "cfg", "st": "step", "sa": "sampler"}
-        assert listed == {row["image_name"]: {k: row[column] for k, column in keys.items()} for row in here}
+        assert listed == {
+            row["image_name"]: {k: row[column] for k, column in keys.items()} for row in here
+        }
 
 
 def test_images_can_be_read(metadata, archives):
@@ -98,14 +121,24 @@ def test_renders_to_compare_with_are_read_like_any_source():
     pairs = data.load_pairs(DATA / "mini" / "renders")
     assert len(pairs) == pairs["id"].nunique() >= 256
     assert data.open_image(pairs["image"].iloc[-1]).size == (64, 64)
-    sampled = set(pq.read_table(SHIPPED / "metadata.parquet", columns=["image_name"])["image_name"].to_pylist())
+    sampled = set(
+        pq.read_table(SHIPPED / "metadata.parquet", columns=["image_name"])[
+            "image_name"
+        ].to_pylist()
+    )
     assert not sampled & set(pairs["id"])
 
 
 def test_checksums_in_the_readme():
-    found = re.findall(r"^([0-9a-f]{64})  (\S+)$", (DATA / "README.md").read_text("utf-8"), re.MULTILINE)
+    found = re.findall(
+        r"^([0-9a-f]{64})  (\S+)$", (DATA / "README.md").read_text("utf-8"), re.MULTILINE
+    )
     listed = {path: digest for digest, path in found}
-    files = [path for path in (DATA / "mini").rglob("*") if path.is_file() and DATA / "mini" / "build" not in path.parents]
+    files = [
+        path
+        for path in (DATA / "mini").rglob("*")
+        if path.is_file() and DATA / "mini" / "build" not in path.parents
+    ]
     shipped = {path.relative_to(DATA).as_posix(): path for path in files}
     assert set(shipped) == set(listed)
     for name, path in shipped.items():

@@ -78,7 +78,9 @@ def test_captions_say_plainly_what_is_shown():
     several = scenes.caption(["fox", "pair of scissors"], 2, "night", "pixel art")
     assert several == "pixel art of a fox and a pair of scissors at night"
     for scene in sampled(300):
-        assert not ARTICLE.search(scenes.caption(scene.objects, scene.count, scene.setting, scene.medium))
+        assert not ARTICLE.search(
+            scenes.caption(scene.objects, scene.count, scene.setting, scene.medium)
+        )
 
 
 def test_no_misaligned_scene_where_none_is_wanted():
@@ -88,7 +90,9 @@ def test_no_misaligned_scene_where_none_is_wanted():
 
 def test_shares_of_odd_pairs():
     some = sampled(4000)
-    assert np.mean([not scene.has_referent for scene in some]) == pytest.approx(scenes.NO_REFERENT, abs=0.02)
+    assert np.mean([not scene.has_referent for scene in some]) == pytest.approx(
+        scenes.NO_REFERENT, abs=0.02
+    )
     shown = [scene.misaligned for scene in some if scene.has_referent]
     assert np.mean(shown) == pytest.approx(scenes.MISALIGNED, abs=0.02)
 
@@ -101,7 +105,9 @@ def test_shares_of_odd_pairs():
 def test_draw_depends_on_the_generator_alone(cached_sprites, medium, size):
     for setting in scenes.SETTINGS:
         scene = scenes.Scene(("fox", "tent"), 2, "left of", setting, medium)
-        first, again, other = (renderer.draw(scene, np.random.default_rng(seed), size) for seed in (1, 1, 2))
+        first, again, other = (
+            renderer.draw(scene, np.random.default_rng(seed), size) for seed in (1, 1, 2)
+        )
         assert first.shape == (size, size, 3)
         assert first.dtype == np.uint8
         assert first.std() > 8
@@ -112,9 +118,14 @@ def test_draw_depends_on_the_generator_alone(cached_sprites, medium, size):
 def test_left_of_keeps_the_order(cached_sprites):
     scene = scenes.Scene(("apple", "frog"), 2, "left of", "snow", "3d render")
     for seed in range(5):
-        red, green, _ = renderer.draw(scene, np.random.default_rng(seed)).astype(int).transpose(2, 0, 1)
+        red, green, _ = (
+            renderer.draw(scene, np.random.default_rng(seed)).astype(int).transpose(2, 0, 1)
+        )
         columns = np.arange(64)
-        centres = [np.average(columns, weights=(part > 40).sum(axis=0)) for part in (red - green, green - red)]
+        centres = [
+            np.average(columns, weights=(part > 40).sum(axis=0))
+            for part in (red - green, green - red)
+        ]
         assert centres[0] < centres[1]
 
 

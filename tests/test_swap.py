@@ -1,12 +1,13 @@
-"""The U-Net swap: identities that hold for any encoder, sampler, batch and number of steps."""
+"""The U-Net swap and the sampling: identities for any encoder, sampler, batch, number of steps."""
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from rsdlib import backbones, config, diffusion, swap
-from rsdlib.errors import BadValueError, CheckpointError
+from rsdlib import config, models, runtime
+from rsdlib.errors import BadTableError, BadValueError, CheckpointError
+from rsdlib.models import sampling, swap_encoder, switch_step, weight_change
 
 PROMPTS = ["a fox in the snow", "two cats at night, watercolor"]
 SEEDS = [3, 4]
@@ -19,43 +20,57 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    return diffusion.open_pipeline(folder, "cpu")
+    return models.open_pipeline(folder, "cpu")
+
+
+def own_encoder(folder):
+    return models.create(config.BackboneConfig("diffusers", str(folder)))
 
 
 @pytest.fixture(scope="module")
 def encoder(folder):
     """Return an encoder that training has moved."""
-    found = backbones.create(config.BackboneConfig("diffusers", str(folder)))
+    moved = own_encoder(folder)
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in found.parameters():
+        for p in moved.parameters():
             p += 0.1 * torch.randn_like(p)
-    return found
+    return moved
 
 
 def sample(pipe, steps=6, prompts=PROMPTS, seeds=SEEDS, guidance=3.0):
+    how = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipe(prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="np").images
+    return pipe(prompts, generator=noise, **how).images
 
 
-SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler", "EulerDiscreteScheduler"]
+def with_scheduler(pipe, name):
+    """Return the pipeline with another sampler, everything else shared."""
+    import diffusers
+
+    again = type(pipe)(**pipe.components, requires_safety_checker=False)
+    again.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    again.set_progress_bar_config(disable=True)
+    return again
+
+
+SCHEDULERS = [
+    *("DDIMScheduler", "DPMSolverMultistepScheduler"),
+    *("PNDMScheduler", "EulerDiscreteScheduler"),
+]
+
+# Before which step
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_never_swapping_changes_no_bit(pipe, encoder, scheduler):
-    import diffusers
-
-    old = pipe.scheduler
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(old.config)
-    try:
-        plain = sample(pipe)
-        steps = len(pipe.scheduler.timesteps.unique())
-        for start in (1.0, steps):
-            np.testing.assert_array_equal(sample(swap.swap_encoder(pipe, encoder, start)), plain)
-        np.testing.assert_array_equal(sample(swap.swap_encoder(pipe, encoder, 0, blend=0.0)), plain)
-        images = [sample(swap.swap_encoder(pipe, encoder, start)) for start in range(steps + 1)]
-    finally:
-        pipe.scheduler = old
+    pipe = with_scheduler(pipe, scheduler)
+    plain = sample(pipe)
+    steps = len(pipe.scheduler.timesteps.unique())
+    for start in (1.0, steps):
+        np.testing.assert_array_equal(sample(swap_encoder(pipe, encoder, start)), plain)
+    np.testing.assert_array_equal(sample(swap_encoder(pipe, encoder, 0, blend=0.0)), plain)
+    images = [sample(swap_encoder(pipe, encoder, start)) for start in range(steps + 1)]
     change = [np.abs(image - plain).mean() for image in images]
     assert all(value > 0 for value in change[:-1])
     assert change[0] > change[-2]
@@ -63,38 +78,53 @@ def test_never_swapping_changes_no_bit(pipe, encoder, scheduler):
 
 
 def test_original_encoder_from_the_start_changes_no_bit(pipe, folder):
-    own = backbones.create(config.BackboneConfig("diffusers", str(folder)))
-    np.testing.assert_array_equal(sample(swap.swap_encoder(pipe, own, 0)), sample(pipe))
+    np.testing.assert_array_equal(sample(swap_encoder(pipe, own_encoder(folder), 0)), sample(pipe))
 
 
 def test_swapped_from_the_start_is_the_unet_with_that_encoder(pipe, encoder, folder):
-    from rsdlib.unet import into_unet
-
-    other = diffusion.open_pipeline(folder, "cpu")
-    into_unet(encoder, other.unet)
-    np.testing.assert_array_equal(sample(swap.swap_encoder(pipe, encoder, 0)), sample(other))
+    other = models.open_pipeline(folder, "cpu")
+    models.into_unet(encoder, other.unet)
+    np.testing.assert_array_equal(sample(swap_encoder(pipe, encoder, 0)), sample(other))
 
 
 def test_a_batch_equals_single_prompts(pipe, encoder):
-    swapped = swap.swap_encoder(pipe, encoder, 2)
+    swapped = swap_encoder(pipe, encoder, 2)
     together = sample(swapped)
     for i in range(2):
-        np.testing.assert_allclose(sample(swapped, prompts=PROMPTS[i : i + 1], seeds=SEEDS[i : i + 1])[0], together[i], atol=1e-5)
+        alone = sample(swapped, prompts=PROMPTS[i : i + 1], seeds=SEEDS[i : i + 1])[0]
+        np.testing.assert_allclose(alone, together[i], atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_shares_and_numbers_of_steps_mean_the_same(pipe, encoder, steps, guidance):
     for start in range(steps + 1):
-        by_number = sample(swap.swap_encoder(pipe, encoder, start), steps, guidance=guidance)
-        by_share = sample(swap.swap_encoder(pipe, encoder, start / steps), steps, guidance=guidance)
+        by_number, by_share = (
+            sample(swap_encoder(pipe, encoder, place), steps, guidance=guidance)
+            for place in (start, start / steps)
+        )
         np.testing.assert_array_equal(by_number, by_share)
+
+
+def test_one_and_one_point_zero_are_opposites():
+    assert switch_step(1, 50) == 1
+    assert switch_step(1.0, 50) == 50
+    assert switch_step(0, 50) == switch_step(0.0, 50) == 0
+    assert switch_step(0.1, 50) == switch_step(np.float32(0.1), 50) == switch_step(np.int64(5), 50)
+    for start in (-1, -0.1, 1.5, float("nan")):
+        with pytest.raises(BadValueError, match="is no step"):
+            switch_step(start, 50)
+    with pytest.raises(BadValueError, match="after step 51, but there are 50 steps"):
+        switch_step(51, 50)
+
+
+# What is swapped
 
 
 def test_pipeline_handed_in_is_never_changed_and_shares_what_it_can(pipe, encoder):
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     unet, plain = pipe.unet, sample(pipe)
-    swapped = swap.swap_encoder(pipe, encoder, 1, blend=0.7)
+    swapped = swap_encoder(pipe, encoder, 1, blend=0.7)
     sample(swapped)
     assert pipe.unet is unet
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
@@ -108,57 +138,127 @@ def test_pipeline_handed_in_is_never_changed_and_shares_what_it_can(pipe, encode
 
 
 def test_blend_runs_from_one_encoder_to_the_other(pipe, encoder):
-    plain, whole = sample(pipe), sample(swap.swap_encoder(pipe, encoder, 0))
-    distance = [np.abs(sample(swap.swap_encoder(pipe, encoder, 0, blend=blend)) - plain).mean() for blend in (0.0, 0.1, 1.0)]
+    plain, whole = sample(pipe), sample(swap_encoder(pipe, encoder, 0))
+    images = [sample(swap_encoder(pipe, encoder, 0, blend=blend)) for blend in (0.0, 0.1, 1.0)]
+    distance = [np.abs(image - plain).mean() for image in images]
     assert distance[0] == 0
     assert 0 < distance[1] < distance[2] == pytest.approx(np.abs(whole - plain).mean())
 
 
 @pytest.mark.parametrize(
-    ("start", "blend", "words"), [(-1, 1.0, "no step"), (1.5, 1.0, "no step"), (0, 1.5, "blend"), (0, -0.1, "blend")]
+    ("start", "blend", "words"),
+    [(-1, 1.0, "no step"), (1.5, 1.0, "no step"), (0, 1.5, "blend"), (0, -0.1, "blend")],
 )
 def test_settings_out_of_range_are_named(pipe, encoder, start, blend, words):
     with pytest.raises(BadValueError, match=words):
-        swap.swap_encoder(pipe, encoder, start, blend)
+        swap_encoder(pipe, encoder, start, blend)
 
 
 def test_swap_after_the_last_step_is_refused(pipe, encoder):
     with pytest.raises(BadValueError, match="after step 7, but there are 6 steps"):
-        sample(swap.swap_encoder(pipe, encoder, 7))
+        sample(swap_encoder(pipe, encoder, 7))
 
 
 def test_encoder_of_another_model_is_refused(pipe, tmp_path):
-    other = backbones.create(config.BackboneConfig("diffusers", str(tiny.stable_diffusion(tmp_path, cross=24))))
+    other = own_encoder(tiny.stable_diffusion(tmp_path, cross=24))
     with pytest.raises(CheckpointError, match="does not fit this U-Net"):
-        swap.swap_encoder(pipe, other, 1)
+        swap_encoder(pipe, other, 1)
 
 
 def test_change_of_weights(pipe, folder):
-    moved = backbones.create(config.BackboneConfig("diffusers", str(folder)))
-    assert set(swap.weight_change(moved, pipe.unet).values()) == {0.0}
+    moved = own_encoder(folder)
+    assert set(weight_change(moved, pipe.unet).values()) == {0.0}
     with torch.no_grad():
         for p in moved.unet.mid_block.parameters():
             p *= 1.25
-    change = swap.weight_change(moved, pipe.unet)
+    change = weight_change(moved, pipe.unet)
     assert change.pop("mid_block") == pytest.approx(0.25, rel=1e-5)
     assert set(change.values()) == {0.0}
 
 
-def test_pictures_on_the_way_end_in_the_finished_one(pipe):
-    on_the_way = diffusion.sample_steps(pipe, PROMPTS, SEEDS, [1, 3, 4], steps=4, guidance=3.0)
-    assert on_the_way.shape == (3, 2, 32, 32, 3)
-    np.testing.assert_array_equal(on_the_way[-1], diffusion.sample(pipe, PROMPTS, SEEDS, 4, 3.0))
-    assert (on_the_way[0] != on_the_way[1]).any()
+# Sampling
 
 
-def test_stored_samples_are_drawn_once(pipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(diffusion.runtime, "cache_dir", lambda: tmp_path)
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "EulerAncestralDiscreteScheduler"])
+def test_noise_is_the_pipelines_own(pipe, scheduler):
+    """Also where the sampler draws more of it on the way."""
+    pipe = with_scheduler(pipe, scheduler)
+    expected = (sample(pipe) * 255).round().astype(np.uint8)
+    np.testing.assert_array_equal(models.sample(pipe, PROMPTS, SEEDS, 6, 3.0), expected)
+
+
+def test_images_of_another_size(pipe):
+    images = models.sample(pipe, PROMPTS, SEEDS, 2, 1.0, height=48, width=16)
+    assert images.shape == (2, 48, 16, 3)
+
+
+def test_a_seed_is_one_picture_at_any_precision(pipe, folder, encoder):
+    low = models.open_pipeline(folder, "cpu", torch.bfloat16)
+    assert {p.dtype for p in low.unet.parameters()} == {torch.bfloat16}
+    exact, rough, other = (
+        models.sample(which, PROMPTS, seeds, 4, 3.0).astype(int)
+        for which, seeds in ((pipe, SEEDS), (low, SEEDS), (pipe, [5, 6]))
+    )
+    assert np.abs(rough - exact).mean() < 0.1 * np.abs(other - exact).mean()
+    never, swapped = (
+        models.sample(swap_encoder(low, encoder, start), PROMPTS, SEEDS, 4, 3.0)
+        for start in (1.0, 1)
+    )
+    np.testing.assert_array_equal(never, rough)
+    assert (swapped != never).any()
+    assert set(weight_change(own_encoder(folder), low.unet).values()) == {0.0}
+
+
+def test_precision_follows_the_device(pipe, monkeypatch):
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.float32}
+    assert sampling._precision(torch.device("cpu")) == torch.float32
+    for known, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float16)):
+        monkeypatch.setattr(runtime, "precision", lambda name, on, known=known: known)
+        assert sampling._precision(torch.device("cuda")) == dtype
+        assert sampling._precision(torch.device("cpu")) == torch.float32
+
+
+def test_stored_samples_are_drawn_once(pipe, folder, monkeypatch):
     prompts, seeds = PROMPTS * 2, [1, 2, 3, 4]
-    first = diffusion.sample_stored(pipe, "a", prompts, seeds, 2, 1.0, batch_size=3)
-    whole = diffusion.sample(pipe, prompts, seeds, 2, 1.0)  # a batch of another size may round otherwise
+
+    def stored(weights="a", pipe=pipe, guidance=1.0):
+        return models.sample_stored(pipe, weights, prompts, seeds, 2, guidance, batch_size=3)
+
+    first = stored()
+    whole = models.sample(pipe, prompts, seeds, 2, 1.0)  # another batch may round otherwise
     assert np.abs(first.astype(int) - whole).max() <= 1
-    np.testing.assert_array_equal(diffusion.sample_stored(None, "a", prompts, seeds, 2, 1.0, batch_size=3), first)
-    with pytest.raises(TypeError):  # other weights, or another guidance: nothing is stored, and there is nothing to draw with
-        diffusion.sample_stored(None, "b", prompts, seeds, 2, 1.0, batch_size=3)
-    with pytest.raises(TypeError):
-        diffusion.sample_stored(None, "a", prompts, seeds, 2, 1.5, batch_size=3)
+
+    def drawn(*_, **__):
+        raise NotImplementedError("drawn")
+
+    monkeypatch.setattr(sampling, "sample", drawn)
+    np.testing.assert_array_equal(stored(), first)
+    low = models.open_pipeline(folder, "cpu", torch.bfloat16)
+    for other in ({"weights": "b"}, {"guidance": 1.5}, {"pipe": low}):
+        with pytest.raises(NotImplementedError):
+            stored(**other)
+
+
+def test_weights_of_a_pipeline_change_with_any_byte(folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "sd")
+    before = models.weights_of(copy)
+    assert before == models.weights_of(folder)
+    path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    after = models.weights_of(copy)
+    assert [old == new for old, new in zip(before, after, strict=True)].count(False) == 1
+
+
+def test_rows_are_sampled_as_they_say(pipe):
+    import pandas as pd
+
+    told = {"prompt": PROMPTS + PROMPTS[:1], "seed": [3, 4, 3], "step": [2, 3, 2]}
+    rows = pd.DataFrame({**told, "cfg": [1.0, 3.0, 1.0]}, index=[7, 8, 9])
+    images = models.sample_rows(pipe, rows)
+    for image, row in zip(images, rows.itertuples(), strict=True):
+        alone = models.sample(pipe, [row.prompt], [row.seed], row.step, row.cfg)[0]
+        assert np.abs(image.astype(int) - alone).max() <= 1
+    with pytest.raises(BadTableError, match="no step, cfg"):
+        models.sample_rows(pipe, rows[["prompt", "seed"]])

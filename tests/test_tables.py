@@ -1,14 +1,22 @@
 """The paper's tables from stored results."""
 
+import dataclasses
+
 import pytest
 from conftest import REPOSITORY
 
-from rsdlib import runtime, tables
+from rsdlib import files
+from rsdlib.analysis import tables
+from rsdlib.analysis.metrics import Estimate
 from rsdlib.errors import CacheError
 
 
-def estimate(mean):
-    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}
+def estimate(mean, **more):
+    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01, "n": 50, **more}
+
+
+def write(folder, name, **results):
+    files.write_json(folder / f"{name}.json", results)
 
 
 @pytest.fixture
@@ -16,25 +24,37 @@ def stored(tmp_path):
     """Write results as the notebooks do: every score is the paper's own, halved."""
 
     def rows(table, score="cosine", **more):
-        return [{"method": name, score: estimate(value / 2), **more} for name, value in tables.PAPER[table].items()]
+        return [
+            {"method": name, score: estimate(value / 2), **more}
+            for name, value in tables.PAPER[table].items()
+        ]
 
     four = {row["method"]: row for row in rows("table 4")}
-    for name, methods in {"01_vit": ["vit"], "02_swin": ["swin"], "03_clip": ["clip", "CLIP + k-NN"], "04_unet": ["unet"]}.items():
-        runtime.write_json(tmp_path / f"{name}.json", {"table": [four[method] for method in methods]})
-    runtime.write_json(tmp_path / "05_curriculum.json", {"table 2": rows("table 2")})
+    for name in ("vit", "swin", "unet"):
+        number = {"vit": "01", "swin": "02", "unet": "04"}[name]
+        write(tmp_path, f"{number}_{name}", table=[four[name]])
+    write(tmp_path, "03_clip", table=[four["clip"], four["CLIP + k-NN"]])
+    write(tmp_path, "05_curriculum", **{"table 2": rows("table 2")})
     three = [{**row, "method": f"ours {i}"} for i, row in enumerate(rows("table 3"))]
-    runtime.write_json(tmp_path / "06_ensemble_dakl.json", {"table 3": three, "table 5": rows("table 5"), "fitted weights": []})
-    captions = rows("table 1", "RefCLIPScore", MiniLM=estimate(tables.PAPER["table 4"]["BLIP"] / 2))
-    runtime.write_json(tmp_path / "08_captioning.json", {"table 1": captions})
+    ensembles = {"table 3": three, "table 5": rows("table 5"), "fitted weights": []}
+    write(tmp_path, "06_ensemble_dakl", **ensembles)
+    blip = estimate(tables.PAPER["table 4"]["BLIP"] / 2)
+    write(tmp_path, "08_captioning", **{"table 1": rows("table 1", "RefCLIPScore", MiniLM=blip)})
     return tmp_path
 
 
+def change(folder, name, **results):
+    """Write a file of stored results again, with some of them replaced."""
+    write(folder, name, **{**files.read_json(folder / f"{name}.json"), **results})
+
+
 def test_ours_stand_beside_the_papers(stored):
-    found = tables.collect(stored)
-    assert list(found) == list(tables.PAPER)
-    for table, rows in found.items():
+    collected = tables.collect(stored)
+    assert list(collected) == list(tables.PAPER)
+    for table, rows in collected.items():
         assert len(rows) == len(tables.PAPER[table])
         assert all(row["score"]["mean"] == pytest.approx(row["paper"] / 2) for row in rows), table
+        assert {(row["gain"], row["trainings"]) for row in rows} == {(None, 1)}
 
 
 def test_method_without_a_number_in_the_paper_has_none():
@@ -43,29 +63,58 @@ def test_method_without_a_number_in_the_paper_has_none():
 
 
 def test_fitted_weights_of_all_models_close_table_5(stored):
-    path, fitted = (
-        stored / "06_ensemble_dakl.json",
-        [{"method": f"{name}, fitted", "cosine": estimate(0.5)} for name in ("CU", "CUSV")],
-    )
-    runtime.write_json(path, {**runtime.read_json(path), "fitted weights": fitted})
+    fitted = [{"method": f"{name}, fitted", "cosine": estimate(0.5)} for name in ("CU", "CUSV")]
+    change(stored, "06_ensemble_dakl", **{"fitted weights": fitted})
     last = tables.collect(stored)["table 5"][-1]
     assert (last["method"], last["paper"]) == ("CUSV, fitted", None)
 
 
+TEST = {"difference": {"mean": 0.02, "low": 0.01, "high": 0.03, "n": 50}, "p": 0.001}
+
+
 def test_gains_say_over_what(stored):
-    test = {"difference": {"mean": 0.02, "low": 0.01, "high": 0.03}, "p": 0.001}
-    path = stored / "01_vit.json"
-    vit = runtime.read_json(path)["table"][0]
-    better = {"method": "vit + MLC + CL", "cosine": estimate(0.6), "gain over mean embedding": test, "gain over vit": test}
-    runtime.write_json(path, {"table": [{**vit, "gain over mean embedding": test}, better]})
-    five = runtime.read_json(stored / "06_ensemble_dakl.json")
-    five["table 5"][4] |= {"best member": "clip", "gain over it": test}
-    runtime.write_json(stored / "06_ensemble_dakl.json", five)
-    found = tables.collect(stored)
-    over = {row["method"]: row["gain"]["over"] for row in found["table 4"] + found["table 5"] if row["gain"]}
-    assert over == {"vit": "mean embedding", "vit + MLC + CL": "vit", "CU": "clip"}
-    assert found["table 4"][-1]["paper"] == tables.PAPER["table 5"]["V"]
-    assert "| +0.0200 [+0.0100, +0.0300] over vit, p = 0.001 | 0.6550 |" in tables.markdown(found)
+    """By themselves; in results of an earlier version by the row's best member, or their names."""
+    vit = files.read_json(stored / "01_vit.json")["table"][0]
+    longer = {"method": "vit + MLC + CL", "cosine": estimate(0.6), "gain over a k-NN": TEST}
+    longer |= {"gain over mean embedding": TEST, "gain over vit": {**TEST, "p": 0.2}}
+    change(stored, "01_vit", table=[{**vit, "gain over mean embedding": TEST}, longer])
+    five = files.read_json(stored / "06_ensemble_dakl.json")["table 5"]
+    five[4] |= {"best member": "clip", "gain over it": TEST}
+    change(stored, "06_ensemble_dakl", **{"table 5": five})
+    one = files.read_json(stored / "08_captioning.json")["table 1"]
+    one[2]["gain in RefCLIPScore"] = {"over": "BLIP", **TEST}
+    change(stored, "08_captioning", **{"table 1": one})
+    collected = tables.collect(stored)
+    shown = {row["method"]: row["gain"] for rows in collected.values() for row in rows}
+    over = {method: gain.over for method, gain in shown.items() if gain}
+    expected = {"vit": "mean embedding", "vit + MLC + CL": "vit", "CU": "clip"}
+    assert over == {**expected, "BLIP + MLC": "BLIP"}
+    assert shown["vit + MLC + CL"] == tables.Gain("vit", Estimate(0.02, 0.01, 0.03, 50), 0.2)
+    assert [gain.over for gain in tables.gains(longer)] == ["a k-NN", "mean embedding", "vit"]
+    assert collected["table 4"][-1]["paper"] == tables.PAPER["table 5"]["V"]
+    line = "| +0.0200 [+0.0100, +0.0300] over vit, p = 0.2 | 0.6550 |"
+    assert line in tables.markdown(collected)
+
+
+def test_a_gain_is_stored_and_read_again():
+    """As a dict, under any name."""
+    gain = tables.Gain("none", Estimate(0.02, 0.01, 0.03, 50, trainings=3), 0.001)
+    row = {"method": "ours", "cosine": estimate(0.5), "whatever": dataclasses.asdict(gain)}
+    assert tables.gains(row) == [gain]
+
+
+def test_tables_say_how_many_trainings_stand_behind_them(stored):
+    two = files.read_json(stored / "05_curriculum.json")["table 2"]
+    for row, trainings in zip(two, (3, 3, 1, 3), strict=True):
+        row["cosine"]["trainings"] = trainings
+    change(stored, "05_curriculum", **{"table 2": two})
+    collected = tables.collect(stored)
+    assert [row["trainings"] for row in collected["table 2"]] == [3, 3, 1, 3]
+    text = tables.markdown(collected)
+    assert text.count("| method | ours, 95 % interval |") == 4
+    assert text.count("| method | ours, 3 trainings, 95 % interval |") == 1
+    assert "| CBS | 0.3127 [0.3027, 0.3227], trainings: 1 |" in text
+    assert "| ours | 0.3272 [0.3172, 0.3372] |" in text
 
 
 def test_ensembles_are_the_single_scores_of_the_framework():
@@ -80,19 +129,19 @@ def test_the_stored_results_fill_the_readme():
 
 def test_missing_results_are_named(stored):
     (stored / "05_curriculum.json").unlink()
-    with pytest.raises(CacheError, match=r"no 05_curriculum\.json.* rsd reproduce --only 05"):
+    with pytest.raises(CacheError, match=r"no 05_curriculum\.json.* rsd run 05"):
         tables.collect(stored)
 
 
 def test_tables_go_between_their_marks_and_nowhere_else(stored):
-    found = tables.collect(stored)
+    collected = tables.collect(stored)
     text = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
-    once = tables.insert(text, found)
+    once = tables.insert(text, collected)
     assert once.startswith("before\n")
     assert once.endswith("\nafter\n")
     assert "old" not in once
     assert once.count("| method |") == 5
     assert "| CBS | 0.3127 [0.3027, 0.3227] |  | 0.6254 |" in once
-    assert tables.insert(once, found) == once
+    assert tables.insert(once, collected) == once
     with pytest.raises(CacheError, match="no place for tables"):
-        tables.insert("nothing", found)
+        tables.insert("nothing", collected)

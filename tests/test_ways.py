@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from test_recipes import settings, source  # noqa: F401  the fixture
+from test_experiment import settings, source  # noqa: F401  the fixture
 
-from rsdlib import config, curriculum, predict, recipes, runtime, training
+import mini_world
+from rsdlib import config, data, experiment, files, models, predict, training
+from rsdlib.data import stores
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,9 @@ def world(source, folders):  # noqa: F811
     backbones = {
         "vit": config.profile("smoke").backbone("vit"),
         "clip": config.BackboneConfig("open_clip", str(folders["open_clip"])),
-        "clip-mlp": config.BackboneConfig("open_clip", str(folders["open_clip"]), options={"mlp": [16, 24]}),
+        "clip-mlp": config.BackboneConfig(
+            "open_clip", str(folders["open_clip"]), options={"mlp": (16, 24)}
+        ),
         "unet": config.BackboneConfig("diffusers", str(folders["diffusers"])),
         "blip": config.BackboneConfig("blip", str(folders["blip"])),
     }
@@ -36,39 +40,61 @@ def world(source, folders):  # noqa: F811
 @pytest.mark.parametrize("name", ["clip", "clip-mlp", "unet"])
 def test_backbone_is_trained_found_again_scored_and_used(source, folders, name):  # noqa: F811
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
-    folder = recipes.train(chosen, name, prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2)
+    prepared = experiment.prepare(chosen.data)
+    folder = experiment.train(
+        chosen, name, prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2
+    )
     assert folder.name.startswith(f"{name}-mlc-ours-")
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*.*") if path.name != ".lock"}
-    assert recipes.train(chosen, name, prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2) == folder
-    assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("*.*") if path.name != ".lock"}
+    assert (
+        experiment.train(chosen, name, prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2)
+        == folder
+    )
+    assert stamps == {
+        path: path.stat().st_mtime_ns for path in folder.glob("*.*") if path.name != ".lock"
+    }
 
-    start, (model, recipe) = recipes.starting_model(folder), recipes.load_model(folder)
-    assert training.weights_key(start) == recipe.start != training.weights_key(model)
-    store = prepared.inputs(model.backbone)
-    pred = recipes.predict_run(folder, prepared, store, "test", device="cpu")
+    start, (model, recipe) = experiment.starting_model(folder), experiment.load_model(folder)
+    assert data.weights_key(start) == recipe.start != data.weights_key(model)
+    store = prepared.store(model.backbone)
+    pred = experiment.predict(folder, prepared, store, "test", device="cpu")
     rows = prepared.rows("test")
-    found = predict.Predictor.load(folder, device="cpu").predict(prepared.pairs["image"].iloc[rows].tolist())
-    np.testing.assert_allclose(found.embeddings, pred, atol=2e-2 if model.backbone.front else 1e-5)  # stored in half precision
+    found = predict.Predictor.load(folder, device="cpu").predict(
+        prepared.pairs["image"].iloc[rows].tolist()
+    )
+    np.testing.assert_allclose(
+        found.embeddings, pred, atol=2e-2 if model.backbone.front else 1e-5
+    )  # stored in half precision
     assert len(found.words[0]) == 8
 
 
 def test_frozen_parts_stay_as_they_were(source, folders):  # noqa: F811
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
-    before = recipes.starting_model(folder := recipes.train(chosen, "unet", prepared, weight=0.0, epochs=1, lr=1e-2))
-    after, _ = recipes.load_model(folder)
-    assert training.weights_key(after.backbone.front) == training.weights_key(before.backbone.front)
+    prepared = experiment.prepare(chosen.data)
+    before = experiment.starting_model(
+        folder := experiment.train(chosen, "unet", prepared, weight=0.0, epochs=1, lr=1e-2)
+    )
+    after, _ = experiment.load_model(folder)
+    assert data.weights_key(after.backbone.front) == data.weights_key(before.backbone.front)
     torch.testing.assert_close(after.backbone.context, before.backbone.context)
-    changed = {n for n, p in after.backbone.unet.state_dict().items() if not torch.equal(p, before.backbone.unet.state_dict()[n])}
-    assert {name.split(".")[0] for name in changed} == {"conv_in", "time_embedding", "down_blocks", "mid_block"}
+    changed = {
+        n
+        for n, p in after.backbone.unet.state_dict().items()
+        if not torch.equal(p, before.backbone.unet.state_dict()[n])
+    }
+    assert {name.split(".")[0] for name in changed} == {
+        "conv_in",
+        "time_embedding",
+        "down_blocks",
+        "mid_block",
+    }
 
 
 @pytest.mark.parametrize("name", ["none", "ours", "cbs", "lerac"])
 def test_each_curriculum_is_a_run_of_its_own(source, folders, name):  # noqa: F811
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
-    folder = recipes.train(chosen, "vit", prepared, weight=0.0, curriculum=name, epochs=3)
+    prepared = experiment.prepare(chosen.data)
+    folder = experiment.train(chosen, "vit", prepared, weight=0.0, curriculum=name, epochs=3)
     run = training.load_run(folder)
     assert run.recipe["curriculum"]["name"] == name
     assert ("-" + name in folder.name) == (name != "none")
@@ -85,14 +111,16 @@ def test_each_curriculum_is_a_run_of_its_own(source, folders, name):  # noqa: F8
 
 def test_papers_curriculum_begins_with_what_was_easy_before(source, folders):  # noqa: F811
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
-    ours = recipes.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3)
-    vanilla = recipes.train(chosen, "vit", prepared, weight=0.0, epochs=3)
-    rows, hardness = curriculum.run_difficulty(training.load_run(vanilla).difficulty)
+    prepared = experiment.prepare(chosen.data)
+    ours = experiment.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3)
+    vanilla = experiment.train(chosen, "vit", prepared, weight=0.0, epochs=3)
+    rows, hardness = training.run_difficulty(training.load_run(vanilla).difficulty)
     table = training.load_run(ours).difficulty.set_index("row")
     first = table.index[table["epoch_1"].notna()]
     easy = dict(zip(rows.tolist(), hardness.tolist(), strict=True))
-    assert max(easy[row] for row in first) <= min(easy[row] for row in set(rows.tolist()) - set(first))
+    assert max(easy[row] for row in first) <= min(
+        easy[row] for row in set(rows.tolist()) - set(first)
+    )
 
 
 def test_same_validation_rows_with_and_without_curriculum(source, folders, monkeypatch):  # noqa: F811
@@ -100,20 +128,24 @@ def test_same_validation_rows_with_and_without_curriculum(source, folders, monke
     seen = []
     fit = training.fit
     monkeypatch.setattr(
-        training, "fit", lambda model, pairs, *a, **k: (seen.append(pairs.val.tolist()), fit(model, pairs, *a, **k))[1]
+        training,
+        "fit",
+        lambda model, pairs, *a, **k: (seen.append(pairs.val.tolist()), fit(model, pairs, *a, **k))[
+            1
+        ],
     )
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
+    prepared = experiment.prepare(chosen.data)
     for name in ("none", "ours", "cbs", "lerac"):
-        recipes.train(chosen, "vit", prepared, weight=0.0, curriculum=name, epochs=1)
+        experiment.train(chosen, "vit", prepared, weight=0.0, curriculum=name, epochs=1)
     assert len(seen) >= 4
     assert all(rows == seen[0] for rows in seen)
 
 
 def test_another_difficulty_is_another_run(source, folders, monkeypatch):  # noqa: F811
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
-    first = recipes.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3)
+    prepared = experiment.prepare(chosen.data)
+    first = experiment.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3)
     load = training.load_run
 
     def other(folder):
@@ -122,42 +154,52 @@ def test_another_difficulty_is_another_run(source, folders, monkeypatch):  # noq
         return run
 
     monkeypatch.setattr(training, "load_run", other)
-    assert recipes.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3) != first
+    assert (
+        experiment.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3) != first
+    )
 
 
 def test_features_are_computed_once_for_all_runs_of_a_front(source, folders, monkeypatch):  # noqa: F811
-    calls, original = [], training.apply
-    monkeypatch.setattr(training, "apply", lambda *a, **k: (calls.append(len(a[2])), original(*a, **k))[1])
+    calls, original = [], stores.apply
+    monkeypatch.setattr(
+        stores, "apply", lambda *a, **k: (calls.append(len(a[2])), original(*a, **k))[1]
+    )
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
-    recipes.train(chosen, "unet", prepared, weight=0.0, epochs=1)
-    recipes.train(chosen, "unet", recipes.prepare(chosen.data), weight=0.1, curriculum="ours", epochs=1)
+    prepared = experiment.prepare(chosen.data)
+    experiment.train(chosen, "unet", prepared, weight=0.0, epochs=1)
+    experiment.train(
+        chosen, "unet", experiment.prepare(chosen.data), weight=0.1, curriculum="ours", epochs=1
+    )
     assert sum(calls) == len(prepared.pairs)
-    assert len(list((runtime.cache_dir() / "features").glob("*"))) == len(calls)
+    assert len(list((files.cache_dir() / "features").glob("*"))) == len(calls)
 
 
 # captioner
 
 
 def test_captioner_is_trained_found_again_and_used(source, folders, tmp_path, monkeypatch):  # noqa: F811
-    from rsdlib import captioning
     from rsdlib.errors import CacheError
 
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
-    folder = recipes.train(chosen, "blip", prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2)
+    prepared = experiment.prepare(chosen.data)
+    folder = experiment.train(
+        chosen, "blip", prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2
+    )
     assert folder.name.startswith("blip-mlc-ours-")
-    assert recipes.train(chosen, "blip", prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2) == folder
-    assert recipes.train(chosen, "blip", prepared, weight=0.0, epochs=3, lr=1e-2) != folder
-    start, (model, recipe) = recipes.starting_model(folder), recipes.load_model(folder)
-    assert training.weights_key(start) == recipe.start != training.weights_key(model)
+    assert (
+        experiment.train(chosen, "blip", prepared, weight=0.1, curriculum="ours", epochs=3, lr=1e-2)
+        == folder
+    )
+    assert experiment.train(chosen, "blip", prepared, weight=0.0, epochs=3, lr=1e-2) != folder
+    start, (model, recipe) = experiment.starting_model(folder), experiment.load_model(folder)
+    assert data.weights_key(start) == recipe.start != data.weights_key(model)
     store, rows = prepared.images(model.image_size), prepared.rows("test")
-    said = recipes.captions(model, prepared, store, "test", device="cpu")
-    assert said == captioning.caption_all(model, store, rows, device="cpu")
-    monkeypatch.setattr(captioning, "caption_all", None)
-    assert recipes.captions(model, prepared, store, "test", device="cpu") == said  # stored
+    said = experiment.captions(model, prepared, store, "test", device="cpu")
+    assert said == models.caption_all(model, store, rows, device="cpu")
+    monkeypatch.setattr(models, "caption_all", None)
+    assert experiment.captions(model, prepared, store, "test", device="cpu") == said  # stored
 
-    reader = recipes.train(chosen, "vit", prepared, weight=0.0, epochs=1)
+    reader = experiment.train(chosen, "vit", prepared, weight=0.0, epochs=1)
     images = prepared.pairs["image"].iloc[rows].tolist()
     found = predict.Predictor.load(reader, "cpu", folder).predict(images)
     assert found.captions == said
@@ -176,30 +218,35 @@ def test_captioner_is_trained_found_again_and_used(source, folders, tmp_path, mo
 
 def test_runs_are_compared_with_the_first_and_with_what_needs_no_training(source, folders):  # noqa: F811
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
-    runs = {"a": recipes.train(chosen, "clip", prepared, weight=0.0, epochs=1)}
-    runs["b"] = recipes.train(chosen, "clip", prepared, weight=0.1, epochs=1)
+    prepared = experiment.prepare(chosen.data)
+    runs = {"a": experiment.train(chosen, "clip", prepared, weight=0.0, epochs=1)}
+    runs["b"] = experiment.train(chosen, "clip", prepared, weight=0.1, epochs=1)
     images = prepared.images(32)
-    _, table = recipes.compare(runs, prepared, images, device="cpu")
+    _, table = experiment.compare(runs, prepared, images, device="cpu")
     rows = {row["method"]: row for row in table}
-    assert list(rows) == [*recipes.BASELINES, "a", "b"]
+    assert list(rows) == [*experiment.BASELINES, "a", "b"]
     assert "gain over a" in rows["b"]
     assert "gain over a" not in rows["a"]
     gain = rows["b"]["gain over a"]["difference"]["mean"]
     assert gain == pytest.approx(rows["b"]["cosine"]["mean"] - rows["a"]["cosine"]["mean"])
-    written = {name: runtime.read_json(folder / "results.json") for name, folder in runs.items()}
+    written = {name: files.read_json(folder / "results.json") for name, folder in runs.items()}
     assert written["b"]["cosine"] == rows["b"]["cosine"]
-    assert set(written["b"]["baselines"]) == set(recipes.BASELINES)
+    assert set(written["b"]["baselines"]) == set(experiment.BASELINES)
 
 
-def test_clips_neighbours_among_the_prompts(source, folders):  # noqa: F811
+def test_clips_neighbours_among_the_prompts(source, folders, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(experiment, "NEIGHBOURS", (1,))
     chosen = world(source, folders)
-    prepared = recipes.prepare(chosen.data)
+    prepared = experiment.prepare(chosen.data)
     images = prepared.images(32)
-    scores = recipes.Scores(prepared, images)
-    assert recipes.predict_clip_knn(scores, chosen.backbone("clip"), images, neighbours=(1,), device="cpu") == 1
+    scores = prepared.scores(images)
+    assert (
+        experiment.predict_clip_knn(scores, prepared, chosen.backbone("clip"), images, "cpu") == 1
+    )
     train = set(prepared.pairs["prompt"].iloc[prepared.rows("train")])
-    for answer in scores.predictions[recipes.CLIP_KNN]:  # with one neighbour each answer is a training prompt's embedding
+    for answer in scores.predictions[
+        experiment.CLIP_KNN
+    ]:  # with one neighbour each answer is a training prompt's embedding
         row = np.argmax(prepared.targets @ answer)
         assert prepared.targets[row] @ answer == pytest.approx(1, abs=1e-5)
         assert prepared.pairs["prompt"].iloc[row] in train
@@ -208,14 +255,29 @@ def test_clips_neighbours_among_the_prompts(source, folders):  # noqa: F811
 def test_known_causes(source, tmp_path):  # noqa: F811
     for path in source.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    prepared = recipes.prepare(settings(tmp_path).data)
-    assert recipes.known_causes(prepared) is None
-    told = {"nouns": [["cat"]], "count": 1, "relation": "single", "setting": "snow", "medium": "neon", "has_referent": True}
-    seen = {"judged_nouns": [["cat"]], "judged_count": 1, "judged_setting": "snow", "judged_medium": "neon"}
+    prepared = experiment.prepare(settings(tmp_path).data)
+    assert mini_world.known_causes(prepared) is None
+    told = {
+        "nouns": [["cat"]],
+        "count": 1,
+        "relation": "single",
+        "setting": "snow",
+        "medium": "neon",
+        "has_referent": True,
+    }
+    seen = {
+        "judged_nouns": [["cat"]],
+        "judged_count": 1,
+        "judged_setting": "snow",
+        "judged_medium": "neon",
+    }
     table = pd.DataFrame(
         {
             "image_name": prepared.pairs["id"],
-            **{k: v * len(prepared.pairs) if isinstance(v, list) else v for k, v in {**told, **seen}.items()},
+            **{
+                k: v * len(prepared.pairs) if isinstance(v, list) else v
+                for k, v in {**told, **seen}.items()
+            },
         }
     )
     table.at[0, "judged_nouns"] = ["fox"]
@@ -223,7 +285,7 @@ def test_known_causes(source, tmp_path):  # noqa: F811
     table.loc[2, ["count", "judged_count", "relation"]] = [2, 2, "count"]
     table.loc[3, ["count", "judged_count", "relation"]] = [2, 1, "left of"]
     table.sample(frac=1, random_state=0).to_parquet(tmp_path / "scenes.parquet")
-    causes = recipes.known_causes(prepared)
+    causes = mini_world.known_causes(prepared)
     assert {name: np.flatnonzero(causes[name]).tolist() for name in causes} == {
         "nothing to see": [1],
         "several things": [2, 3],

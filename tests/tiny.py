@@ -11,8 +11,13 @@ PROMPTS = ["a fox in the snow", "two cats at night, watercolor", "pixel art of a
 
 
 def stable_diffusion(folder, cross=16, seed=0):
-    """Write a Stable Diffusion pipeline with random weights: 32 pixels, 16 x 16 latents of 4 channels."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    """Write a Stable Diffusion pipeline with random weights: 32 pixels, latents 4 x 16 x 16."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel
     from wordpieces import clip_tokenizer
 
@@ -53,7 +58,11 @@ def stable_diffusion(folder, cross=16, seed=0):
         tokenizer=tokenizer,
         unet=unet,
         scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -68,32 +77,56 @@ def clip(folder, seed=0):
     import open_clip
     from safetensors.torch import save_file
 
-    from rsdlib import runtime
+    from rsdlib import files
 
     torch.manual_seed(seed)
     vision = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
     text = {"context_length": 8, "vocab_size": 49_408, "width": 16, "heads": 2, "layers": 1}
     model = open_clip.model.CLIP(24, vision, text)
     colours = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
-    settings = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": colours}
-    runtime.write_json(folder / "open_clip_config.json", settings)
+    settings = {
+        "model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": colours,
+    }
+    files.write_json(folder / "open_clip_config.json", settings)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder
 
 
 def blip(folder, seed=0):
     """Write a BLIP captioner with random weights: 32 pixels, the words of `PROMPTS`."""
-    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+    from transformers import (
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
     from wordpieces import bert_tokenizer
 
     torch.manual_seed(seed)
     tokenizer = bert_tokenizer(PROMPTS, size=200)
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**vision, "vocab_size": len(tokenizer), "encoder_hidden_size": 16, "max_position_embeddings": 32}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = {
+        **vision,
+        "vocab_size": len(tokenizer),
+        "encoder_hidden_size": 16,
+        "max_position_embeddings": 32,
+    }
     text |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text |= {"eos_token_id": tokenizer.sep_token_id, "sep_token_id": tokenizer.sep_token_id}
     vision |= {"image_size": 32, "patch_size": 8, "initializer_range": 0.02}
-    BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
-    colours = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "size": {"height": 32, "width": 32}}
+    BlipForConditionalGeneration(
+        BlipConfig(text_config=text, vision_config=vision)
+    ).save_pretrained(folder)
+    colours = {
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.3, 0.4],
+        "size": {"height": 32, "width": 32},
+    }
     BlipProcessor(BlipImageProcessor(**colours), tokenizer).save_pretrained(folder)
     return folder

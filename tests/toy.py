@@ -1,5 +1,6 @@
-"""A toy training problem that takes milliseconds: also what the kill and torchrun tests run in processes of their own."""
+"""A toy training problem of milliseconds; the kill and torchrun tests run it in own processes."""
 
+import contextlib
 import hashlib
 import sys
 from pathlib import Path
@@ -8,24 +9,36 @@ import numpy as np
 import torch
 from torch import nn
 
-from rsdlib import runtime, training
-from rsdlib.config import TrainConfig
-from rsdlib.losses import JointObjective
-from rsdlib.model import PromptRegressor
+from rsdlib import files, training
+from rsdlib.config import TrainConfig, replace
+from rsdlib.data import PairStore, pack
+from rsdlib.models import JointObjective, PromptRegressor
 
 CONFIG = TrainConfig(
-    epochs=3, batch_size=8, lr=3e-3, warmup=0.1, weight_decay=0.01, precision="fp32", save_every=4, log_every=3, device="cpu"
+    epochs=3,
+    batch_size=8,
+    lr=3e-3,
+    warmup=0.1,
+    weight_decay=0.01,
+    precision="fp32",
+    save_every=4,
+    log_every=3,
+    device="cpu",
 )
+# Three parts of batches of 7 rows, and of 3 at the end: split as they come, some have one row.
+UNEVEN = replace(CONFIG, batch_size=7, micro_batches=3)
+UNEVEN_STAGES = [training.Stage(np.arange(45), 1)]
 
 
 class Memory:
-    """Inputs held in memory."""
+    """A store in memory."""
 
     def __init__(self, values):
-        self.values = values
+        self.values, self.ok = values, np.ones(len(values), bool)
+        self.key = files.checksum({"values": values})[:16]
 
-    def batch(self, indices):
-        return self.values[indices]
+    def batch(self, rows):
+        return self.values[rows]
 
 
 class Backbone(nn.Module):
@@ -47,8 +60,9 @@ def data(n=60, words=20, dim=12, seed=0):
     images = rng.integers(0, 256, (n, 3, 4, 4), dtype=np.uint8)
     target = (images.reshape(n, -1) / 255 - 0.5) @ rng.normal(size=(48, dim))
     target = (target / np.linalg.norm(target, axis=1, keepdims=True)).astype(np.float32)
-    labels = training.pack(target @ rng.normal(size=(dim, words)) > 0.5)
-    return training.PairData(Memory(images), target, labels, words, np.arange(n - 10), np.arange(n - 10, n))
+    labels = pack(target @ rng.normal(size=(dim, words)) > 0.5)
+    train, val = np.arange(n - 10), np.arange(n - 10, n)
+    return PairStore(Memory(images), target, labels, words, train, val)
 
 
 def model(dropout=0.2, words=20, dim=12, seed=0):
@@ -57,15 +71,42 @@ def model(dropout=0.2, words=20, dim=12, seed=0):
     return PromptRegressor(Backbone(dropout), "sequential", words, dim)
 
 
+def normed():
+    """Return the model with a BatchNorm, which cannot train on a single sample."""
+    changed = model()
+    changed.backbone.body.insert(2, nn.BatchNorm1d(16))
+    return changed
+
+
+class Stop(Exception):
+    """Raised in the middle of a run."""
+
+
+class StopAt(training.Callback):
+    """Stops a run before a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def before_step(self, state):
+        if state.step == self.step:
+            raise Stop
+
+
+def train(model, folder, config=CONFIG, **options):
+    """Train a model on the toy's pairs and return its folder."""
+    return training.fit(model, data(), config, folder, objective=JointObjective(), **options)
+
+
 def fit(folder, config=CONFIG, dropout=0.2, **options):
     """Train the toy and return its folder."""
-    return training.fit(model(dropout), data(), config, folder, objective=JointObjective(), **options)
+    return train(model(dropout), folder, config, **options)
 
 
 def fingerprint(folder):
-    """Hash what must be the same: weights, checkpoint and difficulty, and the metrics without their clock."""
+    """Hash what must be the same: weights, checkpoint, difficulty, metrics without the clock."""
     folder = Path(folder)
-    arrays, meta = runtime.load_arrays(folder / "checkpoint.safetensors")
+    arrays, meta = files.load_arrays(folder / "checkpoint.safetensors")
     for record in meta["records"]:
         record.pop("steps_per_second")
     total = hashlib.sha256(repr(meta).encode())
@@ -77,4 +118,9 @@ def fingerprint(folder):
 
 
 if __name__ == "__main__":  # torchrun tests/toy.py FOLDER
-    fit(sys.argv[1], dropout=0.0)
+    runs = Path(sys.argv[1])
+    fit(runs / "whole", dropout=0.0)
+    fit(runs / "taken over", dropout=0.0)  # one process began it
+    with contextlib.suppress(Stop):  # one process ends it
+        fit(runs / "handed over", dropout=0.0, callbacks=[StopAt(9)])
+    train(normed(), runs / "normed", UNEVEN, stages=UNEVEN_STAGES)

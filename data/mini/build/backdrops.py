@@ -1,4 +1,4 @@
-"""The eight settings, drawn procedurally: sky, ground, and the things that make a place recognisable without colour.
+"""The eight settings, drawn procedurally: sky, ground, and what tells a place without colour.
 
 All positions are fractions of the picture's side, so that a backdrop looks the same at any size.
 """
@@ -47,9 +47,13 @@ class Brush:
         """Fill a disc, or with `squash` below 1 a flat ellipse."""
         self.draw.ellipse(self._box(x, y, radius, squash), colour)
 
-    def ring(self, x: float, y: float, radius: float, colour: Colour, width: float, squash: float = 1.0) -> None:
+    def ring(
+        self, x: float, y: float, radius: float, colour: Colour, width: float, squash: float = 1.0
+    ) -> None:
         """Draw the outline of a disc or a flat ellipse."""
-        self.draw.ellipse(self._box(x, y, radius, squash), outline=colour, width=max(1, round(self.side * width)))
+        self.draw.ellipse(
+            self._box(x, y, radius, squash), outline=colour, width=max(1, round(self.side * width))
+        )
 
     def _box(self, x: float, y: float, radius: float, squash: float) -> list[float]:
         high = radius * squash
@@ -61,27 +65,40 @@ class Brush:
 
     def line(self, points: Points, colour: Colour, width: float) -> None:
         """Draw a line through all points."""
-        self.draw.line([(self.side * x, self.side * y) for x, y in points], colour, max(1, round(self.side * width)))
+        self.draw.line(
+            [(self.side * x, self.side * y) for x, y in points],
+            colour,
+            max(1, round(self.side * width)),
+        )
 
     def ridge(self, height: float, swell: float, colour: Colour, waves: float = 1.0) -> None:
         """Fill everything below a wavy line at about `height`, `swell` up and down."""
         x = np.linspace(0, 1, 25)
         phase = self.rng.uniform(0, 2 * np.pi, 2)
-        y = height + swell * (0.7 * np.sin(waves * 5 * x + phase[0]) + 0.3 * np.sin(waves * 12 * x + phase[1]))
+        y = height + swell * (
+            0.7 * np.sin(waves * 5 * x + phase[0]) + 0.3 * np.sin(waves * 12 * x + phase[1])
+        )
         self.polygon([(0, 1), *zip(x, y, strict=True), (1, 1)], colour)
 
-    def dots(self, number: int, low: float, high: float, radius: tuple[float, float], colour: Colour) -> None:
+    def dots(
+        self, number: int, low: float, high: float, radius: tuple[float, float], colour: Colour
+    ) -> None:
         """Draw `number` small discs between the heights `low` and `high`."""
         for x, y, r in self.rng.random((number, 3)).tolist():
             self.disc(x, low + (high - low) * y, radius[0] + (radius[1] - radius[0]) * r**2, colour)
 
 
 def sky(rng: np.random.Generator, size: int, *colours: Colour) -> Brush:
-    """Start a picture with a vertical gradient through `colours`, evenly spaced from top to bottom."""
+    """Start a picture with a vertical gradient through `colours`, evenly spaced from the top."""
     at = np.linspace(0, size - 1, len(colours))
     jittered = np.clip(np.array(colours, float) + rng.normal(0, 7, 3) + rng.normal(0, 6), 0, 255)
-    column = np.stack([np.interp(np.arange(size), at, jittered[:, c]) for c in range(3)], axis=1)  # (size, 3)
-    return Brush(Image.fromarray(np.broadcast_to(column[:, None].astype(np.uint8), (size, size, 3)).copy()), rng)
+    column = np.stack(
+        [np.interp(np.arange(size), at, jittered[:, c]) for c in range(3)], axis=1
+    )  # (size, 3)
+    return Brush(
+        Image.fromarray(np.broadcast_to(column[:, None].astype(np.uint8), (size, size, 3)).copy()),
+        rng,
+    )
 
 
 def beach(rng: np.random.Generator, size: int) -> Backdrop:
@@ -111,17 +128,31 @@ def forest(rng: np.random.Generator, size: int) -> Backdrop:
     for depth, number in ((0.0, 7), (0.5, 5), (1.0, 3)):
         bark = brush.tone(_mix((138, 166, 104), (88, 58, 38), depth))
         for x in rng.permutation(np.arange(number) + 0.5) / number + rng.normal(0, 0.05, number):
-            half, foot = (0.014 + 0.024 * depth) * rng.uniform(0.8, 1.3), ground + 0.02 + 0.05 * depth
-            brush.polygon([(x - half * 0.7, 0), (x + half * 0.7, 0), (x + half, foot), (x - half, foot)], bark)
+            half, foot = (
+                (0.014 + 0.024 * depth) * rng.uniform(0.8, 1.3),
+                ground + 0.02 + 0.05 * depth,
+            )
+            brush.polygon(
+                [(x - half * 0.7, 0), (x + half * 0.7, 0), (x + half, foot), (x - half, foot)], bark
+            )
             brush.disc(x, foot, half * 1.8, bark, 0.3)
         for x in rng.random(6 + number):
             leaves = brush.tone(_mix((122, 176, 92), (36, 104, 46), depth))
-            brush.disc(x, rng.uniform(-0.04, 0.16) - 0.07 * depth, rng.uniform(0.09, 0.15), leaves, 0.8)
+            brush.disc(
+                x, rng.uniform(-0.04, 0.16) - 0.07 * depth, rng.uniform(0.09, 0.15), leaves, 0.8
+            )
         if depth < 1:
-            brush.ridge(ground - 0.03 + 0.04 * depth, 0.015, brush.tone(_mix((130, 172, 84), (96, 146, 64), depth)), 2)
+            brush.ridge(
+                ground - 0.03 + 0.04 * depth,
+                0.015,
+                brush.tone(_mix((130, 172, 84), (96, 146, 64), depth)),
+                2,
+            )
     brush.ridge(ground + 0.06, 0.015, brush.tone((74, 122, 50)))
     for x, y in zip(rng.random(26), rng.uniform(ground + 0.1, 1, 26), strict=True):
-        brush.line([(x - 0.012, y - 0.03), (x, y), (x + 0.014, y - 0.026)], brush.tone((48, 92, 38)), 0.01)
+        brush.line(
+            [(x - 0.012, y - 0.03), (x, y), (x + 0.014, y - 0.026)], brush.tone((48, 92, 38)), 0.01
+        )
     return Backdrop(brush.image, 0.86)
 
 
@@ -129,7 +160,11 @@ def night(rng: np.random.Generator, size: int) -> Backdrop:
     """Draw stars and a crescent above dark hills."""
     brush = sky(rng, size, (10, 14, 52), (24, 34, 92), (58, 66, 132))
     brush.dots(55, 0.0, 0.68, (0.003, 0.009), (245, 242, 220))
-    x, y, r = rng.uniform(0.1, 0.3) + 0.6 * rng.integers(2), rng.uniform(0.12, 0.22), rng.uniform(0.085, 0.11)
+    x, y, r = (
+        rng.uniform(0.1, 0.3) + 0.6 * rng.integers(2),
+        rng.uniform(0.12, 0.22),
+        rng.uniform(0.085, 0.11),
+    )
     brush.disc(x, y, r * 1.25, (50, 58, 112))
     brush.disc(x, y, r, (252, 246, 206))
     brush.disc(x + r * 0.45, y - r * 0.2, r * 0.85, (38, 46, 104))
@@ -152,13 +187,17 @@ def snow(rng: np.random.Generator, size: int) -> Backdrop:
 
 def sunset(rng: np.random.Generator, size: int) -> Backdrop:
     """Draw a big low sun and its mirror image in the sea."""
-    brush = sky(rng, size, (78, 36, 108), (208, 62, 96), (252, 140, 58), (255, 204, 96), (255, 214, 120))
+    brush = sky(
+        rng, size, (78, 36, 108), (208, 62, 96), (252, 140, 58), (255, 204, 96), (255, 214, 120)
+    )
     horizon, x, r = rng.uniform(0.6, 0.68), rng.uniform(0.25, 0.75), rng.uniform(0.2, 0.27)
     brush.disc(x, horizon - 0.06, r * 1.18, brush.tone((255, 176, 84), 4))
     brush.disc(x, horizon - 0.06, r, brush.tone((255, 238, 150), 4))
     for y in rng.uniform(0.1, horizon - 0.12, 4):
         left = rng.uniform(-0.1, 0.8)
-        brush.line([(left, y), (left + rng.uniform(0.2, 0.5), y)], brush.tone((240, 110, 86)), 0.018)
+        brush.line(
+            [(left, y), (left + rng.uniform(0.2, 0.5), y)], brush.tone((240, 110, 86)), 0.018
+        )
     brush.ridge(horizon, 0.012, brush.tone((112, 40, 84)))
     for y in np.linspace(horizon + 0.05, 0.97, 6):  # the sun mirrored in the water
         half = r * rng.uniform(0.3, 0.9)
@@ -183,9 +222,13 @@ def under_the_sea(rng: np.random.Generator, size: int) -> Backdrop:
 def desert(rng: np.random.Generator, size: int) -> Backdrop:
     """Draw dunes before table mountains."""
     brush = sky(rng, size, (92, 166, 226), (186, 214, 226), (252, 226, 176))
-    brush.disc(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.2), rng.uniform(0.06, 0.08), (255, 250, 214))
+    brush.disc(
+        rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.2), rng.uniform(0.06, 0.08), (255, 250, 214)
+    )
     top = rng.uniform(0.36, 0.44)
-    for x, half in zip(rng.uniform(0, 1, 2), rng.uniform(0.07, 0.13, 2), strict=True):  # table mountains
+    for x, half in zip(
+        rng.uniform(0, 1, 2), rng.uniform(0.07, 0.13, 2), strict=True
+    ):  # table mountains
         peak, foot, rock = top - rng.uniform(0.0, 0.08), half * 1.5, brush.tone((196, 124, 82))
         brush.polygon([(x - half, peak), (x + half, peak), (x + foot, 0.6), (x - foot, 0.6)], rock)
     for layer, colour in enumerate(((222, 160, 96), (236, 178, 108), (246, 196, 124))):
@@ -195,8 +238,12 @@ def desert(rng: np.random.Generator, size: int) -> Backdrop:
 
 def outer_space(rng: np.random.Generator, size: int) -> Backdrop:
     """Draw stars, a violet nebula and one or two planets."""
-    nebula = rng.uniform(0, 1, (5, 5, 1)) ** 2 * rng.uniform((50, 10, 60), (140, 50, 150))  # (5, 5, 3) violet
-    haze = Image.fromarray(np.add(nebula, (12, 8, 30)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    nebula = rng.uniform(0, 1, (5, 5, 1)) ** 2 * rng.uniform(
+        (50, 10, 60), (140, 50, 150)
+    )  # (5, 5, 3) violet
+    haze = Image.fromarray(np.add(nebula, (12, 8, 30)).astype(np.uint8)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
     brush = Brush(haze, rng)
     brush.dots(75, 0.0, 1.0, (0.003, 0.009), (250, 248, 240))
     for left in rng.permutation(2)[: rng.integers(1, 3)]:
@@ -217,7 +264,11 @@ def _cloud(brush: Brush, x: float, y: float) -> None:
 def _snowy_pine(brush: Brush, x: float, foot: float, height: float) -> None:
     green = brush.tone((58, 98, 92))
     for tier in (0.0, 0.3, 0.6):
-        half, low, high = height * (0.34 - 0.3 * tier), foot - height * tier, foot - height * (tier + 0.48)
+        half, low, high = (
+            height * (0.34 - 0.3 * tier),
+            foot - height * tier,
+            foot - height * (tier + 0.48),
+        )
         brush.polygon([(x - half, low), (x, high), (x + half, low)], green)
         left, right = (x - half * 0.6, low - 0.19 * height), (x + half * 0.5, low - 0.22 * height)
         brush.polygon([left, (x, high), right], (240, 246, 252))
@@ -250,7 +301,9 @@ def _planet(brush: Brush, x: float, y: float, radius: float) -> None:
         brush.ring(x, y, radius * 1.7, _mix(colour, (255, 255, 255), 0.5), 0.016, squash=0.3)
     else:
         for dx, dy, r in ((-0.4, -0.3, 0.2), (0.25, 0.2, 0.26), (0.1, -0.5, 0.13)):
-            brush.disc(x + dx * radius, y + dy * radius, r * radius, _mix(colour, (20, 10, 40), 0.25))
+            brush.disc(
+                x + dx * radius, y + dy * radius, r * radius, _mix(colour, (20, 10, 40), 0.25)
+            )
 
 
 BACKDROPS: dict[str, Callable[[np.random.Generator, int], Backdrop]] = {

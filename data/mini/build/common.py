@@ -1,4 +1,4 @@
-"""What the mini world's training scripts share: options, data as `rsdlib.training.fit` reads it, run folders, export."""
+"""What the mini world's training scripts share: options, data, run folders, export."""
 
 import argparse
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from corpus import Corpus
 
-from rsdlib import runtime, training
+from rsdlib import files, runtime, training
 from rsdlib.config import TrainConfig
 
-MINI = runtime.root() / "data" / "mini"
+MINI = files.root() / "data" / "mini"
 JUDGES_SEED = 1  # of the renders that only the judge learns from
 FRESH = 2  # of the renders that nobody learns from
 
@@ -42,13 +42,24 @@ class Pictures:
     def batch(self, indices):
         """Return a batch as tensors."""
         batch = {name: torch.from_numpy(values[indices]) for name, values in self.fields.items()}
-        return batch | ({"input": torch.from_numpy(self.corpus.images(indices))} if self.with_images else {})
+        return batch | (
+            {"input": torch.from_numpy(self.corpus.images(indices))} if self.with_images else {}
+        )
 
 
 def options(doc, **defaults):
-    """Read a script's options: ``--renders``, ``--epochs``, ``--seed``, ``--device`` and whatever else has a default."""
+    """Read a script's options.
+
+    They are ``--renders``, ``--epochs``, ``--seed``, ``--device`` and whatever else has a default.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    for name, value in {"renders": 131_072, "epochs": 2, "seed": 0, "device": "auto", **defaults}.items():
+    for name, value in {
+        "renders": 131_072,
+        "epochs": 2,
+        "seed": 0,
+        "device": "auto",
+        **defaults,
+    }.items():
         if value is None:  # not an option of this script
             continue
         if isinstance(value, bool):
@@ -61,8 +72,14 @@ def options(doc, **defaults):
 
 
 def config(chosen, **settings):
-    """Return the training settings of a script: the project's own, with what the mini world changes."""
-    settings = {"warmup": 0.05, "weight_decay": 0.05, "save_every": 1000, "log_every": 50, **settings}
+    """Return a script's training settings: the project's own, with what the mini world changes."""
+    settings = {
+        "warmup": 0.05,
+        "weight_decay": 0.05,
+        "save_every": 1000,
+        "log_every": 50,
+        **settings,
+    }
     return TrainConfig(epochs=chosen.epochs, seed=chosen.seed, device=chosen.device, **settings)
 
 
@@ -74,30 +91,45 @@ def seeded(name, seed):
 def train(name, model, data, settings, objective, recipe, callbacks=()):
     """Train in ``runs/mini-world/<name>-<key>``, resuming by itself, and return the folder."""
     recipe = {"model": name, "renders": len(data), **recipe}
-    folder = runtime.root() / "runs" / "mini-world" / f"{name}-{runtime.digest([recipe, settings.fixed()], 8)}"
-    training.fit(model, data, settings, folder, objective=objective, callbacks=callbacks, recipe=recipe)
+    folder = (
+        files.root()
+        / "runs"
+        / "mini-world"
+        / f"{name}-{files.digest([recipe, settings.fixed()], 8)}"
+    )
+    training.fit(
+        model, data, settings, folder, objective=objective, callbacks=callbacks, recipe=recipe
+    )
     return folder
 
 
 def mapped(function, data, rows, size=256):
-    """Apply `function` to batches of rows without gradients and join what it returns, a dict of tensors, in row order."""
+    """Apply `function` to batches of rows without gradients and join what it returns, in row order.
+
+    It returns a dict of tensors.
+    """
     parts = np.array_split(np.asarray(rows), max(1, -(-len(rows) // size)))
     with torch.inference_mode():
         results = [function(data.batch(part)) for part in runtime.track(parts, "measuring")]
-    return {name: torch.cat([result[name] for result in results]).cpu().float().numpy() for name in results[0]}
+    return {
+        name: torch.cat([result[name] for result in results]).cpu().float().numpy()
+        for name in results[0]
+    }
 
 
 def half(module):
     """Return the module's weights in half precision, as arrays."""
     return {
-        name: value.detach().cpu().half().numpy() if value.is_floating_point() else value.cpu().numpy()
+        name: value.detach().cpu().half().numpy()
+        if value.is_floating_point()
+        else value.cpu().numpy()
         for name, value in module.state_dict().items()
     }
 
 
 def save_half(model, folder):
-    """Write a transformers model in its own format, weights in half precision, to be opened in float32."""
+    """Write a transformers model in its own format: half precision, to be opened in float32."""
     model.half().save_pretrained(folder)
-    config = runtime.read_json(folder / "config.json")
-    runtime.write_json(folder / "config.json", {**config, "dtype": "float32"})
+    config = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", {**config, "dtype": "float32"})
     model.float()

@@ -18,8 +18,14 @@ from sprites import NOUNS, load_sprites
 
 __all__ = ["Scene", "draw", "sample_scene"]
 
-STYLE = dict.fromkeys(FILTERS, "noto") | dict.fromkeys(("3d render", "sepia photograph", "watercolor"), "fluent")
-SPAN = {1: (0.52, 0.64), 2: (0.42, 0.48), 3: (0.30, 0.34)}  # longest side of one object for each number of objects
+STYLE = dict.fromkeys(FILTERS, "noto") | dict.fromkeys(
+    ("3d render", "sepia photograph", "watercolor"), "fluent"
+)
+SPAN = {
+    1: (0.52, 0.64),
+    2: (0.42, 0.48),
+    3: (0.30, 0.34),
+}  # longest side of one object for each number of objects
 SCALE = {"small": 0.88, "medium": 0.96, "large": 1.04}
 
 
@@ -65,13 +71,18 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = 64) -> np.ndarray:
 
 
 def _place(scene: Scene, backdrop: Backdrop, rng: np.random.Generator) -> list[Placed]:
-    """Put the objects in columns from left to right; only "left of" keeps the order of ``scene.objects``."""
+    """Put the objects in columns; only "left of" keeps the order of ``scene.objects``."""
     names = scene.objects if len(scene.objects) == scene.count else scene.objects * scene.count
     order = range(scene.count) if scene.relation == "left of" else rng.permutation(scene.count)
-    return [_stand(names[i], (column + 0.5) / scene.count, scene, backdrop, rng) for column, i in enumerate(order)]
+    return [
+        _stand(names[i], (column + 0.5) / scene.count, scene, backdrop, rng)
+        for column, i in enumerate(order)
+    ]
 
 
-def _stand(name: str, centre: float, scene: Scene, backdrop: Backdrop, rng: np.random.Generator) -> Placed:
+def _stand(
+    name: str, centre: float, scene: Scene, backdrop: Backdrop, rng: np.random.Generator
+) -> Placed:
     """One object around the column `centre` (fraction of the side)."""
     noun, side = NOUNS[name], backdrop.image.width
     span = rng.uniform(*SPAN[scene.count]) * SCALE[noun.scale] * side
@@ -90,16 +101,20 @@ def _stand(name: str, centre: float, scene: Scene, backdrop: Backdrop, rng: np.r
 
 
 def _turn(sprite: Image.Image, span: float, rng: np.random.Generator) -> Image.Image:
-    """Return the sprite with a longest side of `span` pixels, turned by a few degrees and at times mirrored."""
+    """Return the sprite, its longest side `span` pixels, slightly turned, at times mirrored."""
     angle, mirror = np.radians(rng.normal(0, 4)), rng.choice([-1, 1])
     zoom = span / max(sprite.size)
     cos, sin = np.cos(angle), np.sin(angle)
     extent = np.array([[abs(cos), abs(sin)], [abs(sin), abs(cos)]]) @ sprite.size * zoom
     width, height = (int(np.ceil(e)) for e in extent)
-    back = np.array([[mirror * cos, mirror * sin], [-sin, cos]]) / zoom  # from the turned sprite to the original
+    back = (
+        np.array([[mirror * cos, mirror * sin], [-sin, cos]]) / zoom
+    )  # from the turned sprite to the original
     shift = np.array(sprite.size) / 2 - back @ (width / 2, height / 2)
     matrix = (*back[0], shift[0], *back[1], shift[1])
-    return sprite.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    return sprite.transform(
+        (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
+    )
 
 
 @cache

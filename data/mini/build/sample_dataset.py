@@ -1,8 +1,9 @@
 """Sample the data set from the mini Stable Diffusion: ``python data/mini/build/sample_dataset.py``.
 
-Fresh prompts, one picture each, in DiffusionDB's layout (``metadata.parquet``, ``images/part-00000N.zip``); beside it
-``scenes.parquet`` says what every prompt asks for and what the judge sees in the picture. Batches that are sampled already are not
-sampled again. A few renders, drawn fresh, go into ``renders``.
+Fresh prompts, one picture each, in DiffusionDB's layout (``metadata.parquet``,
+``images/part-00000N.zip``); beside it ``scenes.parquet`` says what every prompt asks for and what
+the judge sees in the picture. Batches that are sampled already are not sampled again. A few
+renders, drawn fresh, go into ``renders``.
 """
 
 import hashlib
@@ -22,11 +23,12 @@ import common
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from scenes import MEDIA, SETTINGS, Scene, sample_scene
 
-from rsdlib import diffusion, runtime
-from rsdlib.judge import Judge
+from mini_world import Judge
+from rsdlib import files, models, runtime
 
 OUT = common.MINI / "diffusiondb"
 MODEL = common.MINI / "stable-diffusion"
@@ -35,9 +37,17 @@ PART = 1000  # images in a part, as in DiffusionDB
 REPEATS = 0.06  # share of rows that take up an earlier prompt with another seed
 IMAGES_PER_PROMPT = 4
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of the token sets from which a fresh prompt is refused
-MADE = datetime(2026, 11, 22, tzinfo=UTC)  # a constant, so that files do not depend on the hour they were made
-USER = hashlib.sha256(b"rsdlib mini stable diffusion").hexdigest()  # DiffusionDB stores hashed names
-SAMPLED = {"step": 20, "cfg": 5.0, "sampler": 9}  # 9 is DiffusionDB's "others": DPM-Solver++ is not among the eight it names
+MADE = datetime(
+    2026, 11, 22, tzinfo=UTC
+)  # a constant, so that files do not depend on the hour they were made
+USER = hashlib.sha256(
+    b"rsdlib mini stable diffusion"
+).hexdigest()  # DiffusionDB stores hashed names
+SAMPLED = {
+    "step": 20,
+    "cfg": 5.0,
+    "sampler": 9,
+}  # 9 is DiffusionDB's "others": DPM-Solver++ is not among the eight it names
 
 HOW = {"steps": SAMPLED["step"], "guidance": SAMPLED["cfg"]}
 METADATA = pa.schema(
@@ -88,7 +98,9 @@ class Record(NamedTuple):
 
 
 def sample_records(count: int, seed: int) -> list[Record]:
-    """Draw `count` scenes and picture seeds; no two prompts are near-duplicates unless they are the same.
+    """Draw `count` scenes and picture seeds.
+
+    No two prompts are near-duplicates unless they are the same.
 
     Parameters
     ----------
@@ -147,7 +159,10 @@ def scenes_table(records: list[Record], seen: list[dict]) -> pa.Table:
     """Tell what each prompt asks for, and what the judge sees in its picture."""
     rows = []
     for record, verdict in zip(records, seen, strict=True):
-        row = asdict(record.scene) | {"nouns": record.scene.objects, "has_referent": record.scene.has_referent}
+        row = asdict(record.scene) | {
+            "nouns": record.scene.objects,
+            "has_referent": record.scene.has_referent,
+        }
         if not record.scene.has_referent:
             row |= {"nouns": [], "count": 0, "setting": None, "medium": None}
         rows.append({**row, "image_name": record.image_name, **verdict})
@@ -162,21 +177,29 @@ def encode(image: np.ndarray) -> bytes:
 
 
 def write_part(path: Path, images: dict[str, bytes], keys: dict[str, dict]) -> None:
-    """Write one zip of images, stored, and the JSON that says what is known of each, deflated; all with a fixed date."""
-    members = {**images, f"{path.stem}.json": json.dumps(keys, ensure_ascii=False, indent=0).encode()}
+    """Write one zip: images, stored, and the JSON that says what is known of each, deflated.
+
+    All have a fixed date.
+    """
+    members = {
+        **images,
+        f"{path.stem}.json": json.dumps(keys, ensure_ascii=False, indent=0).encode(),
+    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in members.items():
             info = zipfile.ZipInfo(name, date_time=MADE.timetuple()[:6])
             info.external_attr = 0o644 << 16
-            archive.writestr(info, data, zipfile.ZIP_DEFLATED if name.endswith(".json") else zipfile.ZIP_STORED)
-    with runtime.atomic_path(path) as temporary:
+            archive.writestr(
+                info, data, zipfile.ZIP_DEFLATED if name.endswith(".json") else zipfile.ZIP_STORED
+            )
+    with files.atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file, whole or not at all."""
-    with runtime.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
@@ -185,40 +208,65 @@ def write(out: Path, records: list[Record], images: np.ndarray, seen: list[dict]
     how = {"c": SAMPLED["cfg"], "st": SAMPLED["step"], "sa": SAMPLED["sampler"]}
     for first in range(0, len(records), PART):
         part = records[first : first + PART]
-        files = {record.image_name: encode(image) for record, image in zip(part, images[first:], strict=False)}
-        keys = {record.image_name: {"p": record.scene.prompt, "se": record.seed, **how} for record in part}
+        files = {
+            record.image_name: encode(image)
+            for record, image in zip(part, images[first:], strict=False)
+        }
+        keys = {
+            record.image_name: {"p": record.scene.prompt, "se": record.seed, **how}
+            for record in part
+        }
         write_part(out / "images" / f"part-{first // PART + 1:06d}.zip", files, keys)
     write_table(out / "scenes.parquet", scenes_table(records, seen))
-    runtime.write_json(out / "names.json", names())
+    files.write_json(out / "names.json", names())
     write_table(out / "metadata.parquet", metadata_table(records, images.shape[1]))
     megabytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     prompts = len({record.scene.prompt for record in records})
-    runtime.log(f"{len(records)} rows, {prompts} different prompts, {megabytes:.1f} MB in {runtime.relative(out)}")
+    size = f"{len(records)} rows, {prompts} different prompts, {megabytes:.1f} MB"
+    runtime.log(f"{size} in {files.relative(out)}")
 
 
 def write_renders(path: Path, count: int, seed: int) -> None:
-    """Draw renders that no model has learnt from, and write them as one part: what the generator was to imitate."""
+    """Draw renders that no model has learnt from, and write them as one part.
+
+    They show what the generator was to imitate.
+    """
     from renderer import draw
 
     rng = runtime.rng("renders to compare with", seed)
     scenes = [sample_scene(rng, misaligned=0) for _ in range(count)]
     images = {f"render-{i:04d}.webp": encode(draw(scene, rng)) for i, scene in enumerate(scenes)}
-    write_part(path, images, {name: {"p": scene.prompt} for name, scene in zip(images, scenes, strict=True)})
+    write_part(
+        path,
+        images,
+        {name: {"p": scene.prompt} for name, scene in zip(images, scenes, strict=True)},
+    )
 
 
 def names():
     """Return by which words prompts call each setting and medium, itself first."""
-    said = {"setting": SETTINGS, "medium": {name: [words for some in both for words in some] for name, both in MEDIA.items()}}
-    return {kind: {name: list(dict.fromkeys([name, *words])) for name, words in table.items()} for kind, table in said.items()}
+    said = {
+        "setting": SETTINGS,
+        "medium": {
+            name: [words for some in both for words in some] for name, both in MEDIA.items()
+        },
+    }
+    return {
+        kind: {name: list(dict.fromkeys([name, *words])) for name, words in table.items()}
+        for kind, table in said.items()
+    }
 
 
 def main() -> None:
     """Draw prompts, sample, judge, write."""
     chosen = common.options(__doc__, count=7600, drawn=384, epochs=None, renders=None)
     records = sample_records(chosen.count, chosen.seed)
-    prompts, seeds = [record.scene.prompt for record in records], [record.seed for record in records]
-    pipe = diffusion.open_pipeline(MODEL, chosen.device)
-    images = diffusion.sample_stored(pipe, diffusion.weights_of(MODEL), prompts, seeds, **HOW)
+    prompts, seeds = (
+        [record.scene.prompt for record in records],
+        [record.seed for record in records],
+    )
+    pipe = models.open_pipeline(MODEL, chosen.device, torch.float32)
+    images = models.sample_stored(pipe, models.weights_of(MODEL), prompts, seeds, **HOW)
     numbers = [len(record.scene.objects) if record.scene.has_referent else 1 for record in records]
     write(OUT, records, images, Judge.open(common.MINI / "judge").verdicts(images, numbers))
     write_renders(common.MINI / "renders" / "part-000001.zip", chosen.drawn, chosen.seed)

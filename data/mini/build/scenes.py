@@ -1,7 +1,10 @@
-"""What a mini-world picture shows and how its prompt is worded: `Scene`, `sample_scene` and the grammar behind them.
+"""What a mini-world picture shows and how its prompt is worded.
 
-Prompts follow the habits of DiffusionDB: a subject, a place and a medium in changing order, then modifiers which show
-nothing. Some prompts have no visual referent at all, and some pictures do not show what their prompt asks for.
+`Scene`, `sample_scene` and the grammar behind them.
+
+Prompts follow the habits of DiffusionDB: a subject, a place and a medium in changing order, then
+modifiers which show nothing. Some prompts have no visual referent at all, and some pictures do not
+show what their prompt asks for.
 """
 
 from dataclasses import dataclass, replace
@@ -27,12 +30,30 @@ SETTINGS = {
 
 # For each medium: what goes before "of", and what stands alone between commas.
 MEDIA = {
-    "3d render": (("3d render", "a 3d render", "cute 3d render"), ("3d render", "3d render style", "as a 3d render")),
-    "cartoon": (("cartoon", "a cartoon", "cartoon drawing"), ("cartoon", "cartoon style", "as a cartoon")),
-    "pencil sketch": (("pencil sketch", "a pencil sketch", "rough pencil sketch"), ("pencil sketch", "pencil drawing")),
-    "pixel art": (("pixel art", "16-bit pixel art"), ("pixel art", "pixel art style", "retro pixel art")),
-    "watercolor": (("watercolor", "a watercolor", "a watercolor painting"), ("watercolor", "watercolor painting")),
-    "neon": (("neon sign", "a glowing neon sign", "neon art"), ("neon sign style", "neon lights", "glowing neon art")),
+    "3d render": (
+        ("3d render", "a 3d render", "cute 3d render"),
+        ("3d render", "3d render style", "as a 3d render"),
+    ),
+    "cartoon": (
+        ("cartoon", "a cartoon", "cartoon drawing"),
+        ("cartoon", "cartoon style", "as a cartoon"),
+    ),
+    "pencil sketch": (
+        ("pencil sketch", "a pencil sketch", "rough pencil sketch"),
+        ("pencil sketch", "pencil drawing"),
+    ),
+    "pixel art": (
+        ("pixel art", "16-bit pixel art"),
+        ("pixel art", "pixel art style", "retro pixel art"),
+    ),
+    "watercolor": (
+        ("watercolor", "a watercolor", "a watercolor painting"),
+        ("watercolor", "watercolor painting"),
+    ),
+    "neon": (
+        ("neon sign", "a glowing neon sign", "neon art"),
+        ("neon sign style", "neon lights", "glowing neon art"),
+    ),
     "sepia photograph": (
         ("sepia photograph", "a sepia photograph", "old sepia photograph"),
         ("sepia photograph", "sepia photo", "vintage sepia photograph"),
@@ -49,26 +70,30 @@ TEMPLATES = (  # with weights
 )
 
 _MODIFIERS = (
-    "highly detailed, intricate, trending on artstation, artstation, 8 k, 4 k, hd, sharp focus, smooth, elegant, "
-    "cinematic lighting, dramatic lighting, volumetric lighting, soft lighting, studio lighting, unreal engine, "
-    "octane render, concept art, digital art, matte painting, illustration, masterpiece, award winning, beautiful, "
-    "very beautiful, stunning, epic, cute, whimsical, dreamy, surreal, fantasy, mysterious, atmospheric, moody, "
-    "minimalist, symmetrical, ultra realistic, hyperrealistic, depth of field, bokeh, wide angle, close up, centered, "
-    "dynamic pose, detailed background, deviantart, behance, pinterest, character design, storybook, art nouveau, "
-    "baroque, impressionism, by vincent van gogh, by claude monet, by rembrandt, by albrecht durer, "
-    "by katsushika hokusai, by alphonse mucha, by gustav klimt, by j. m. w. turner, by john singer sargent, "
-    "by caspar david friedrich, by ivan shishkin, by hieronymus bosch"
+    "highly detailed, intricate, trending on artstation, artstation, 8 k, 4 k, hd, sharp focus,"
+    " smooth, elegant, cinematic lighting, dramatic lighting, volumetric lighting, soft "
+    "lighting, studio lighting, unreal engine, octane render, concept art, digital art, matte "
+    "painting, illustration, masterpiece, award winning, beautiful, very beautiful, stunning, "
+    "epic, cute, whimsical, dreamy, surreal, fantasy, mysterious, atmospheric, moody, "
+    "minimalist, symmetrical, ultra realistic, hyperrealistic, depth of field, bokeh, wide "
+    "angle, close up, centered, dynamic pose, detailed background, deviantart, behance, "
+    "pinterest, character design, storybook, art nouveau, baroque, impressionism, by vincent "
+    "van gogh, by claude monet, by rembrandt, by albrecht durer, by katsushika hokusai, by "
+    "alphonse mucha, by gustav klimt, by j. m. w. turner, by john singer sargent, by caspar "
+    "david friedrich, by ivan shishkin, by hieronymus bosch"
 )
 MODIFIERS = tuple(_MODIFIERS.split(", "))
 
 _IDEAS = (
-    "hope silence memory nostalgia regret freedom time justice melancholy gratitude curiosity courage doubt patience "
-    "wisdom envy forgiveness longing truth eternity destiny boredom kindness ambition faith loneliness wonder grief "
-    "honesty jealousy serenity pride mercy chaos inspiration"
+    "hope silence memory nostalgia regret freedom time justice melancholy gratitude curiosity "
+    "courage doubt patience wisdom envy forgiveness longing truth eternity destiny boredom "
+    "kindness ambition faith loneliness wonder grief honesty jealousy serenity pride mercy "
+    "chaos inspiration"
 )
 IDEAS = tuple(_IDEAS.split())
 
-SAYINGS = (  # {0} and {1} are ideas; the weight of a saying grows with the number of ways to fill it in
+# {0} and {1} are ideas; the weight of a saying grows with the number of ways to fill it in.
+SAYINGS = (
     ("the sound of one hand clapping", 1),
     ("nothing is more powerful than an idea", 1),
     ("i think therefore i am", 1),
@@ -100,7 +125,8 @@ SAYINGS = (  # {0} and {1} are ideas; the weight of a saying grows with the numb
 class Scene:
     """A prompt and what the picture made for it shows.
 
-    All fields but `modifiers`, `template` and `prompt` describe the picture, also where the prompt says something else.
+    All fields but `modifiers`, `template` and `prompt` describe the picture, also where the prompt
+    says something else.
 
     Attributes
     ----------
@@ -109,7 +135,8 @@ class Scene:
     count : int
         Number of things in the picture, 1 to 3.
     relation : str
-        "single", "count" (`count` times the same noun), "and", "left of", or "none" where the prompt names no object.
+        "single", "count" (`count` times the same noun), "and", "left of", or "none" where the
+        prompt names no object.
     setting, medium : str
         Keys of ``SETTINGS`` and ``MEDIA``.
     modifiers : tuple of str
@@ -186,7 +213,9 @@ def caption(objects, count: int, setting: str, medium: str) -> str:
     """Say plainly what a picture shows: "a cartoon of two foxes in the snow"."""
     relation = "count" if len(objects) == 1 and count > 1 else "and"
     subject = _subject(Scene(tuple(objects), count, relation, setting, medium))
-    before_of = next((words for words in MEDIA[medium][0] if words.startswith("a ")), MEDIA[medium][0][0])
+    before_of = next(
+        (words for words in MEDIA[medium][0] if words.startswith("a ")), MEDIA[medium][0][0]
+    )
     return f"{before_of} of {subject} {SETTINGS[setting][0]}"
 
 
@@ -201,10 +230,12 @@ def _subject(scene: Scene) -> str:
 
 
 def _misalign(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return the scene with another number of things, or one named object missing; the prompt stays."""
+    """Return the scene with another number of things, or an object less; the prompt stays."""
     if len(scene.objects) == 1:
         count = _pick(rng, [n for n in NUMBERS if n != scene.count])
-        return replace(scene, count=count, relation="single" if count == 1 else "count", misaligned=True)
+        return replace(
+            scene, count=count, relation="single" if count == 1 else "count", misaligned=True
+        )
     lost = _pick(rng, scene.objects)
     objects = tuple(name for name in scene.objects if name != lost)
     relation = "single" if len(objects) == 1 else "and"

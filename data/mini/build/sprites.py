@@ -1,7 +1,8 @@
-"""Sprites of the mini world: two emoji sets, fetched with npm, checked, cropped and cached as one array.
+"""Sprites of the mini world: two emoji sets, fetched with npm, checked, cropped and cached.
 
-Microsoft's Fluent 3D emoji (MIT) and Google's Noto emoji (Apache-2.0) are taken from pinned npm packages. The packages
-and the array made from them live in ``data/cache/npm/``, which git ignores; no sprite is ever committed.
+Microsoft's Fluent 3D emoji (MIT) and Google's Noto emoji (Apache-2.0) are taken from pinned npm
+packages. The packages and the array made from them live in ``data/cache/npm/``, which git ignores;
+no sprite is ever committed.
 """
 
 import csv
@@ -25,7 +26,7 @@ MEMBER_LIMIT = 1 << 20  # no sprite file comes near 1 MiB
 
 
 class Noun(NamedTuple):
-    """One row of ``nouns.csv``: how a thing is called, which emoji shows it, how big it is and where it stays."""
+    """One row of ``nouns.csv``: a thing's name, its emoji, how big it is and where it stays."""
 
     singular: str
     plural: str
@@ -74,32 +75,40 @@ NOUNS = _read_nouns()
 
 
 def sprite_file() -> Path:
-    """Path of the cached sprite array; its name changes with the noun table and the pinned packages."""
-    key = repr((SIDE, [noun.codepoint for noun in NOUNS.values()], [p.sha256 for p in PACKAGES.values()]))
+    """Path of the cached sprites; its name changes with the noun table and the pinned packages."""
+    key = repr(
+        (SIDE, [noun.codepoint for noun in NOUNS.values()], [p.sha256 for p in PACKAGES.values()])
+    )
     return CACHE / f"sprites-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
 
 
 @cache
 def load_sprites() -> dict[tuple[str, str], Image.Image]:
-    """All sprites, ``(style, noun) -> RGBA image`` with the longest side ``SIDE``, cropped to what is visible.
+    """All sprites, ``(style, noun) -> RGBA image``, cropped to what is visible.
 
-    The first call on a machine fetches both packages (90 MB) and writes ``sprite_file()``; later calls read that file.
+    Their longest side is ``SIDE``.
+
+    The first call on a machine fetches both packages (90 MB) and writes ``sprite_file()``; later
+    calls read that file.
 
     Raises
     ------
     RuntimeError
-        npm is missing or failed, a tarball has another checksum than pinned, or a sprite is not in its package.
+        npm is missing or failed, a tarball has another checksum than pinned, or a sprite is not in
+        its package.
     """
     path = sprite_file()
     if not path.exists():
         _write_array(path, np.stack([_square(s) for style in PACKAGES for s in _unpack(style)]))
     array = np.load(path, allow_pickle=False)  # (styles * nouns, SIDE, SIDE, 4) uint8
     keys = [(style, noun) for style in PACKAGES for noun in NOUNS]
-    return {key: _crop(Image.fromarray(pixels, "RGBA")) for key, pixels in zip(keys, array, strict=True)}
+    return {
+        key: _crop(Image.fromarray(pixels, "RGBA")) for key, pixels in zip(keys, array, strict=True)
+    }
 
 
 def _unpack(style: str) -> list[Image.Image]:
-    """Sprites of one style in the order of ``NOUNS``, read from the verified tarball without extracting it."""
+    """Sprites of one style in the order of ``NOUNS``, read from inside the verified tarball."""
     package = PACKAGES[style]
     names = [package.member.format(noun.codepoint) for noun in NOUNS.values()]
     wanted, found = set(names), {}
@@ -113,20 +122,26 @@ def _unpack(style: str) -> list[Image.Image]:
 
 
 def _fetch(package: Package) -> bytes:
-    """Bytes of the package's tarball, fetched with ``npm pack`` unless cached, checked against the pinned sha256."""
+    """Bytes of the package's tarball, cached or fetched by ``npm pack``, with the pinned sha256."""
     if not package.tarball.exists():
         npm = shutil.which("npm")
         if npm is None:
-            raise RuntimeError("npm is needed once to fetch the sprites; install Node.js, or run where it is installed")
+            fix = "install Node.js, or run where it is installed"
+            raise RuntimeError(f"npm is needed once to fetch the sprites; {fix}")
         CACHE.mkdir(parents=True, exist_ok=True)
         print(f"fetching {package.name}@{package.version} ...", flush=True)
         spec = f"{package.name}@{package.version}"
-        done = subprocess.run([npm, "pack", spec, "--silent"], cwd=CACHE, capture_output=True, text=True)
+        done = subprocess.run(
+            [npm, "pack", spec, "--silent"], cwd=CACHE, capture_output=True, text=True
+        )
         if done.returncode:
             raise RuntimeError(f"npm pack {spec} failed: {done.stderr.strip()}")
     data = package.tarball.read_bytes()
     if (digest := hashlib.sha256(data).hexdigest()) != package.sha256:
-        raise RuntimeError(f"{package.tarball.name} has sha256 {digest}, not {package.sha256}; delete it and try again")
+        fix = "delete it and try again"
+        raise RuntimeError(
+            f"{package.tarball.name} has sha256 {digest}, not {package.sha256}; {fix}"
+        )
     return data
 
 
@@ -135,12 +150,15 @@ def _crop(sprite: Image.Image) -> Image.Image:
 
 
 def _square(sprite: Image.Image) -> np.ndarray:
-    """Return the visible part, resized to a longest side of SIDE, centred on a square; (SIDE, SIDE, 4) uint8."""
+    """Return the visible part, its longest side SIDE, centred: (SIDE, SIDE, 4) uint8."""
     sprite = _crop(sprite)
     scale = SIDE / max(sprite.size)
     size = tuple(max(1, round(scale * side)) for side in sprite.size)
     canvas = Image.new("RGBA", (SIDE, SIDE))
-    canvas.paste(sprite.resize(size, Image.Resampling.LANCZOS), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    canvas.paste(
+        sprite.resize(size, Image.Resampling.LANCZOS),
+        ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2),
+    )
     return np.asarray(canvas)
 
 

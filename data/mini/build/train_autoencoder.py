@@ -1,8 +1,8 @@
 """Train the mini Stable Diffusion's autoencoder: ``python data/mini/build/train_autoencoder.py``.
 
-diffusers' ``AutoencoderKL`` as in Rombach et al. (2022), 8 times smaller: 64 x 64 pixels become 8 x 8 places with 16 numbers
-each. Then the decoder goes on alone, on latents without noise. Differs from the source: an absolute error in place of the
-perceptual and the adversarial loss.
+diffusers' ``AutoencoderKL`` as in Rombach et al. (2022), 8 times smaller: 64 x 64 pixels become 8 x
+8 places with 16 numbers each. Then the decoder goes on alone, on latents without noise. Differs
+from the source: an absolute error in place of the perceptual and the adversarial loss.
 """
 
 import common
@@ -11,8 +11,9 @@ import torch
 from corpus import NAMES, Corpus
 from torch import nn
 
-from rsdlib import runtime, training
+from rsdlib import files, runtime
 from rsdlib.config import replace
+from rsdlib.data import evaluating, weights_key
 
 CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -34,29 +35,41 @@ class Autoencoder(nn.Module):
         from diffusers import AutoencoderKL
 
         self.vae = AutoencoderKL(**CONFIG)
-        for module in self.vae.modules():  # every residual branch begins as zero, so the whole begins as a shallow network
+        for module in (
+            self.vae.modules()
+        ):  # every residual branch begins as zero, so the whole begins as a shallow network
             if type(module).__name__ == "ResnetBlock2D":
                 nn.init.zeros_(module.conv2.weight)
         with torch.no_grad():
             self.vae.quant_conv.bias[CONFIG["latent_channels"] :] -= 6  # little noise at first
 
     def forward(self, images):
-        """Map uint8 images (b, 3, 64, 64) to ``{"pixels", "decoded"}`` in [-1, 1] and ``kl`` (b,)."""
+        """Map uint8 images (b, 3, 64, 64) to ``pixels`` and ``decoded`` in [-1, 1], ``kl`` (b,)."""
         pixels = (images.float() - 127.5) / 127.5
         posterior = self.vae.encode(pixels).latent_dist
         latents = posterior.sample() if self.training else posterior.mode()
-        return {"pixels": pixels, "decoded": self.vae.decode(latents).sample.float(), "kl": posterior.kl().float()}
+        return {
+            "pixels": pixels,
+            "decoded": self.vae.decode(latents).sample.float(),
+            "kl": posterior.kl().float(),
+        }
 
 
 def objective(model, batch):
-    """Mean absolute error in [-1, 1] plus the weighted divergence; for each picture minus its error in [0, 1]."""
+    """Mean absolute error in [-1, 1] plus the weighted divergence.
+
+    For each picture minus its error in [0, 1].
+    """
     out = model(batch["input"])
     error = (out["decoded"] - out["pixels"]).abs().mean((1, 2, 3))
     return error.mean() + KL * out["kl"].mean(), -error / 2
 
 
 def centre(vae, latents):
-    """Move the mean of every channel to zero, inside the 1 x 1 convolutions next to the latents, and set the scale."""
+    """Move the mean of every channel to zero, and set the scale.
+
+    That is done inside the 1 x 1 convolutions next to the latents.
+    """
     mean, scale = latents.mean((0, 2, 3)), float(1 / latents.std((0, 2, 3)).square().mean().sqrt())
     with torch.no_grad():
         vae.quant_conv.bias[: len(mean)] -= mean
@@ -65,7 +78,7 @@ def centre(vae, latents):
 
 
 class Decoder(nn.Module):
-    """The autoencoder's decoder alone, reading stored latents without noise; the encoder stays as it is."""
+    """The autoencoder's decoder alone, on stored latents without noise; the encoder stays."""
 
     def __init__(self, vae):
         super().__init__()
@@ -78,7 +91,11 @@ class Decoder(nn.Module):
 
 def decoding(model, batch):
     """Mean absolute error in [-1, 1]; for each picture minus its error in [0, 1]."""
-    error = (model(batch["latents"].float()) - (batch["input"].float() - 127.5) / 127.5).abs().mean((1, 2, 3))
+    error = (
+        (model(batch["latents"].float()) - (batch["input"].float() - 127.5) / 127.5)
+        .abs()
+        .mean((1, 2, 3))
+    )
     return error.mean(), -error / 2
 
 
@@ -95,10 +112,10 @@ def encode(vae, corpus, rows, device="cpu", precision="fp32"):
 
 def encoded(vae, corpus, device):
     """Return the mean latents of all renders, computed once, at the processor's fast precision."""
-    key = runtime.digest([training.weights_key(vae.encoder), training.weights_key(vae.quant_conv), corpus.key])
-    path = runtime.cache_dir() / "latents" / f"{key}.safetensors"
+    key = files.digest([weights_key(vae.encoder), weights_key(vae.quant_conv), corpus.key])
+    path = files.cache_dir() / "latents" / f"{key}.npy"
     everything = np.arange(len(corpus))
-    return runtime.cached_arrays(path, lambda: {"latents": encode(vae, corpus, everything, device, "auto")})["latents"]
+    return files.cached_rows(path, lambda: encode(vae, corpus, everything, device, "auto"))
 
 
 def main():
@@ -116,16 +133,26 @@ def main():
     if chosen.refine:
         latents = encoded(vae, corpus, device)
         settings = replace(settings, epochs=chosen.refine, lr=chosen.lr / 2)
-        decoder, pairs = Decoder(vae), common.Pictures(corpus, {"latents": latents}, data.train, data.val)
-        common.train("decoder", decoder, pairs, settings, decoding, {"start": training.weights_key(vae)})
+        decoder, pairs = (
+            Decoder(vae),
+            common.Pictures(corpus, {"latents": latents}, data.train, data.val),
+        )
+        common.train("decoder", decoder, pairs, settings, decoding, {"start": weights_key(vae)})
     vae.cpu().eval()
-    with training.evaluating(model):
-        errors = common.mapped(lambda b: {"error": -objective(model, b)[1]}, data, data.val)["error"]
+    with evaluating(model):
+        errors = common.mapped(lambda b: {"error": -objective(model, b)[1]}, data, data.val)[
+            "error"
+        ]
     medium = corpus.labels["medium"][data.val]
     print({"error": round(float(errors.mean()), 4), "scale": vae.config.scaling_factor})
-    print({name: round(float(errors[medium == i].mean()), 4) for i, name in enumerate(NAMES["medium"])})
+    print(
+        {
+            name: round(float(errors[medium == i].mean()), 4)
+            for i, name in enumerate(NAMES["medium"])
+        }
+    )
     vae.half().save_pretrained(common.MINI / "stable-diffusion" / "vae")
-    runtime.log(f"written: {runtime.relative(common.MINI / 'stable-diffusion' / 'vae')}")
+    runtime.log(f"written: {files.relative(common.MINI / 'stable-diffusion' / 'vae')}")
 
 
 if __name__ == "__main__":

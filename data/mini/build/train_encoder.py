@@ -1,7 +1,8 @@
-"""Pretrain the mini world's image encoders on what the renders show: ``python data/mini/build/train_encoder.py vit``.
+"""Pretrain the mini world's image encoders: ``python data/mini/build/train_encoder.py vit``.
 
-The counterpart of ImageNet pretraining: nouns, setting and medium of each picture are predicted together. Resumes by itself;
-writes timm's own folder format to ``data/mini/<name>``, weights in half precision.
+The counterpart of ImageNet pretraining: nouns, setting and medium of each picture are predicted
+together. Resumes by itself; writes timm's own folder format to ``data/mini/<name>``, weights in
+half precision.
 """
 
 import common
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from corpus import NAMES, Corpus
 from torch import nn
 
-from rsdlib import runtime, training
+from rsdlib import files, runtime
+from rsdlib.data import evaluating
 
 ENCODERS = {
     "vit": (
@@ -19,7 +21,14 @@ ENCODERS = {
     ),
     "swin": (
         "swinv2_tiny_window8_256",
-        {"img_size": 64, "patch_size": 4, "window_size": 8, "embed_dim": 48, "depths": (2, 2, 2), "num_heads": (3, 6, 12)},
+        {
+            "img_size": 64,
+            "patch_size": 4,
+            "window_size": 8,
+            "embed_dim": 48,
+            "depths": (2, 2, 2),
+            "num_heads": (3, 6, 12),
+        },
     ),
 }
 SIZES = {name: len(NAMES[name]) for name in ("noun", "setting", "medium")}
@@ -45,13 +54,18 @@ class Classifier(nn.Module):
         self.body, self.sizes, self.scale, self.soft = body, sizes, scale, soft
 
     def forward(self, images):
-        """Map uint8 images (b, 3, 64, 64) to logits by label, for example noun (b, 60), setting (b, 8), medium (b, 7)."""
+        """Map uint8 images (b, 3, 64, 64) to logits by label.
+
+        For example noun (b, 60), setting (b, 8), medium (b, 7).
+        """
         pixels = (images.float() - 127.5) / 127.5
         if self.soft and self.training:
             side = int(torch.randint(28, 64, ()))
             small = F.interpolate(pixels[::2], (side, side), mode="area")
             pixels[::2] = F.interpolate(small, pixels.shape[2:], mode="bilinear")
-            pixels = pixels + 0.1 * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * torch.randn_like(pixels)
+            pixels = pixels + 0.1 * torch.rand(
+                len(pixels), 1, 1, 1, device=pixels.device
+            ) * torch.randn_like(pixels)
         if self.scale > 1:
             pixels = F.interpolate(pixels, scale_factor=self.scale, mode="bilinear")
         logits = self.body(pixels)
@@ -62,7 +76,8 @@ def objective(model, batch):
     """Sum of the losses, and for each picture the mean over labels of what is right."""
     logits = model(batch["input"])
     nouns = batch["noun"].float()
-    # Per picture one or two of all nouns are there: the mean over nouns is scaled so that they weigh as much as the other labels.
+    # Per picture one or two of all nouns are there: the mean over nouns is scaled so that they
+    # weigh as much as the other labels.
     loss = 30 * F.binary_cross_entropy_with_logits(logits["noun"].float(), nouns)
     right = named(logits["noun"], nouns)
     others = [name for name in model.sizes if name != "noun"]
@@ -73,7 +88,7 @@ def objective(model, batch):
 
 
 def named(logits, nouns):
-    """Return the share of each picture's nouns among its highest logits, as many as it has nouns: (b,)."""
+    """Return the share of each picture's nouns (b,) among as many of its highest logits."""
     order = logits.argsort(dim=1, descending=True).argsort(dim=1)  # rank of each noun
     counts = nouns.sum(1, keepdim=True)
     return ((order < counts) & (nouns > 0)).sum(1) / counts[:, 0]
@@ -90,26 +105,48 @@ def report(model, data):
 
     def judge(batch):
         logits = model(batch["input"].to(device))
-        right = {name: (logits[name].argmax(1).cpu() == batch[name]).float() for name in model.sizes if name != "noun"}
+        right = {
+            name: (logits[name].argmax(1).cpu() == batch[name]).float()
+            for name in model.sizes
+            if name != "noun"
+        }
         return {**right, "noun": named(logits["noun"].cpu(), batch["noun"].float())}
 
-    with training.evaluating(model):
+    with evaluating(model):
         right = common.mapped(judge, data, data.val)
     single = data.corpus.labels["count"][data.val] == 1
-    means = {name: values.mean() for name, values in right.items()} | {"noun of one": right["noun"][single].mean()}
+    means = {name: values.mean() for name, values in right.items()} | {
+        "noun of one": right["noun"][single].mean()
+    }
     return {name: round(float(value), 4) for name, value in means.items()}
 
 
 def export(model, folder, architecture, options):
-    """Write the network in timm's format: ``timm.create_model("local-dir:<folder>", pretrained=True)`` opens it."""
+    """Write the network in timm's format.
+
+    ``timm.create_model("local-dir:<folder>", pretrained=True)`` opens it.
+    """
     classes, side = sum(model.sizes.values()), 64 * model.scale
-    cfg = {"input_size": [3, side, side], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0, "num_classes": classes}
+    cfg = {
+        "input_size": [3, side, side],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "crop_pct": 1.0,
+        "num_classes": classes,
+    }
     cfg |= {key: model.body.pretrained_cfg[key] for key in ("classifier", "first_conv")}
-    cfg["label_names"] = [str(name) for label, size in model.sizes.items() for name in NAMES.get(label, range(size))]
-    config = {"architecture": architecture, "num_classes": classes, "pretrained_cfg": cfg, "model_args": options}
-    runtime.save_arrays(folder / "model.safetensors", common.half(model.body))
-    runtime.write_json(folder / "config.json", {**config, "label_groups": model.sizes})
-    runtime.log(f"written: {runtime.relative(folder)}")
+    cfg["label_names"] = [
+        str(name) for label, size in model.sizes.items() for name in NAMES.get(label, range(size))
+    ]
+    config = {
+        "architecture": architecture,
+        "num_classes": classes,
+        "pretrained_cfg": cfg,
+        "model_args": options,
+    }
+    files.save_arrays(folder / "model.safetensors", common.half(model.body))
+    files.write_json(folder / "config.json", {**config, "label_groups": model.sizes})
+    runtime.log(f"written: {files.relative(folder)}")
 
 
 def main():
@@ -121,7 +158,9 @@ def main():
     corpus = Corpus(chosen.renders)
     data = labelled(corpus, SIZES)
     common.seeded(chosen.name, chosen.seed)
-    model = Classifier(timm.create_model(architecture, num_classes=sum(SIZES.values()), **options), SIZES)
+    model = Classifier(
+        timm.create_model(architecture, num_classes=sum(SIZES.values()), **options), SIZES
+    )
     settings = common.config(chosen, batch_size=chosen.batch, lr=chosen.lr)
     common.train(chosen.name, model, data, settings, objective, {"encoder": ENCODERS[chosen.name]})
     print(report(model, data))

@@ -1,4 +1,7 @@
-"""Tokenizers of the mini world, learnt from the prompts of the renders: CLIP's byte-level pairs and BERT's word pieces."""
+"""Tokenizers of the mini world, learnt from the prompts of the renders.
+
+CLIP's byte-level pairs and BERT's word pieces.
+"""
 
 import json
 
@@ -7,14 +10,21 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer(prompts, size=1400):
-    """Learn a `transformers.CLIPTokenizer`: every byte inside and at the end of a word, then merged pairs, END last as in CLIP."""
+    """Learn a `transformers.CLIPTokenizer`.
+
+    Every byte inside and at the end of a word, then merged pairs, END last as in CLIP.
+    """
     from tokenizers import pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     untrained = CLIPTokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", special_tokens=[], show_progress=False
+        vocab_size=size,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=[],
+        show_progress=False,
     )
     untrained.train_from_iterator(prompts, trainer)
     merges = [tuple(pair) for pair in json.loads(untrained.to_str())["model"]["merges"]]
@@ -30,8 +40,13 @@ def bert_tokenizer(prompts, size=700):
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     untrained = BertTokenizer().backend_tokenizer
-    untrained.train_from_iterator(prompts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False))
+    untrained.train_from_iterator(
+        prompts,
+        trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False),
+    )
     vocabulary = untrained.get_vocab()
-    tokenizer = BertTokenizer(vocab=dict(sorted(vocabulary.items(), key=lambda item: item[1])), model_max_length=CONTEXT)
+    tokenizer = BertTokenizer(
+        vocab=dict(sorted(vocabulary.items(), key=lambda item: item[1])), model_max_length=CONTEXT
+    )
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer

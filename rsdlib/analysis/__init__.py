@@ -1,0 +1,28 @@
+"""What predictions are worth: scores and how sure they are, comparisons, tables and figures."""
+
+from rsdlib.analysis import tables
+from rsdlib.analysis.metrics import (
+    Comparison,
+    Estimate,
+    Retrieval,
+    bootstrap_ci,
+    clipscore,
+    cosine,
+    frechet,
+    paired_test,
+    ref_clipscore,
+    retrieval,
+)
+from rsdlib.analysis.plots import (
+    plot_curves,
+    plot_images,
+    plot_lines,
+    plot_maps,
+    plot_points,
+    plot_recall,
+    plot_report,
+    plot_scores,
+    save_figure,
+)
+from rsdlib.analysis.scores import Scores, as_table, score
+from rsdlib.analysis.studies import ensemble_tables, rivals, swap_table

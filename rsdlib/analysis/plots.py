@@ -1,0 +1,309 @@
+"""Figures as functions: data in, matplotlib axes (or a whole figure of pictures) out.
+
+No pyplot state; colours are safe for the colour-blind.
+"""
+
+import textwrap
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from rsdlib import files, runtime
+
+# Okabe and Ito's palette, distinguishable under every common colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#7F7F7F"
+_LEGEND = {"fontsize": 8, "frameon": False}
+
+
+def _axes(ax, width=6.4, height=3.6):
+    ax = ax if ax is not None else Figure((width, height), layout="constrained").add_subplot()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def _bounds(estimates):
+    """Return the means (n,) and the distances to their lower and upper bounds (2, n)."""
+    columns = [[estimate[key] for estimate in estimates] for key in ("mean", "low", "high")]
+    mean, low, high = np.array(columns)
+    return mean, np.stack([mean - low, high - mean])
+
+
+def save_figure(figure, path):
+    """Write a figure, or the figure of some axes, as PNG, whole or not at all.
+
+    Parameters
+    ----------
+    figure : Figure or Axes
+    path : path-like
+
+    Returns
+    -------
+    path-like
+        The path.
+    """
+    figure = getattr(figure, "figure", figure)
+    how = {"format": "png", "dpi": 150, "facecolor": "white", "metadata": {"Software": None}}
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, **how)
+    runtime.log(f"figure: {files.relative(path)}")
+    return path
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def plot_report(report, *, ax=None):
+    """Draw how many rows each cleaning rule left; the bars' labels say how many it took.
+
+    Parameters
+    ----------
+    report : DataFrame
+        See `rsdlib.data.clean`.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax, height=0.36 * len(report) + 1)
+    y = np.arange(len(report))[::-1]
+    before, after = report["rows_in"], report["rows_out"]
+    ax.barh(y, after, color=COLOURS[0], height=0.7)
+    dropped = ax.barh(y, before - after, left=after, color=COLOURS[1], height=0.7)
+    counts = [f" −{count:,}" if count else " 0" for count in before - after]
+    ax.bar_label(dropped, counts, fontsize=8, color=GREY)
+    ax.set_yticks(y, report["rule"])
+    ax.grid(visible=False, axis="y")
+    xlabel = "pairs left (blue) and dropped (orange) by each rule"
+    ax.set(xlim=(0, max(before.max(), 1) * 1.12), xlabel=xlabel)
+    return ax
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def plot_curves(runs, *, ax=None):
+    """Draw cosine similarity against the epoch: training (dashed), validation, its best marked.
+
+    Parameters
+    ----------
+    runs : dict of str to DataFrame
+        Name to the metrics of `rsdlib.training.load_run`.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax)
+    for (name, metrics), colour in zip(runs.items(), COLOURS, strict=False):
+        epochs = metrics.dropna(subset="val_similarity")
+        number, validation = epochs["epoch"] + 1, epochs["val_similarity"]
+        ax.plot(number, epochs["train_similarity"], "--", color=colour, linewidth=1.2)
+        ax.plot(number, validation, "-", color=colour, label=name)
+        best = validation.idxmax()
+        ax.plot(number[best], validation[best], "o", color=colour)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="epoch", ylabel="mean cosine similarity")
+    title = "validation; training dashed, best epoch dotted"
+    ax.legend(title=title, title_fontsize=8, **_LEGEND)
+    return ax
+
+
+def plot_scores(
+    rows,
+    *,
+    reference=None,
+    of="cosine",
+    label="mean cosine similarity on the test set, 95 % interval",
+    ax=None,
+):
+    """Draw each method's mean with its 95 % interval; the paper's as open diamonds.
+
+    Parameters
+    ----------
+    rows : list of dict
+        ``method`` and ``cosine`` (mean, low, high), as `Scores.table` returns.
+    reference : dict of str to float, optional
+        The paper's number for some of the methods.
+    of, label : str
+        Key of what is drawn in place of ``cosine``, and the axis' label.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax, height=0.4 * len(rows) + 1.1)
+    rows = rows[::-1]
+    for place, row in enumerate(rows):
+        score = row[of]
+        ax.plot([score["low"], score["high"]], [place, place], color=COLOURS[0], linewidth=2)
+        ax.plot(score["mean"], place, "o", color=COLOURS[0])
+        above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        ax.annotate(f"{score['mean']:.3f}", (score["mean"], place), **above)
+        if reference and row["method"] in reference:
+            number = reference[row["method"]]
+            ax.plot(number, place, "D", markerfacecolor="none", color=COLOURS[1])
+    ax.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    ax.grid(visible=False, axis="y")
+    note = "\n◇ the paper's number, on DiffusionDB" if reference else ""
+    ax.set(ylim=(-0.6, len(rows) - 0.3), xlabel=f"{label}{note}")
+    return ax
+
+
+def plot_recall(ranks, candidates, *, ax=None):
+    """Draw the share of images whose true prompt is among the k nearest, against k, and chance.
+
+    Parameters
+    ----------
+    ranks : dict of str to ndarray (n,)
+        Method to ranks, see `retrieval`.
+    candidates : int
+        Distinct prompts to choose from.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax)
+    k = np.arange(1, candidates + 1)
+    for (name, values), colour in zip(ranks.items(), COLOURS, strict=False):
+        share = np.searchsorted(np.sort(values), k, side="right") / len(values)
+        ax.plot(k, share, color=colour, label=name)
+    ax.plot(k, k / candidates, ":", color=GREY, label="chance")
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    xlabel, ylabel = f"k (of {candidates:,} prompts)", "true prompt among the k nearest"
+    ax.set(xscale="log", ylim=(0, 1), xlabel=xlabel, ylabel=ylabel)
+    ax.legend(**_LEGEND)
+    return ax
+
+
+def plot_maps(table, value, *, x, y, by):
+    """Draw a map of a figure over two settings for each value of a third; the best is framed.
+
+    Parameters
+    ----------
+    table : DataFrame
+        One row a combination, with the columns `value` (drawn), `x`, `y` and `by`.
+    value, x, y, by : str
+
+    Returns
+    -------
+    Figure
+    """
+    import seaborn
+
+    groups = list(table.groupby(by))
+    best = table.loc[table[value].idxmax()]
+    look = {"annot": True, "fmt": ".3f", "annot_kws": {"fontsize": 7}, "cmap": "viridis"}
+    limits = {"vmin": table[value].quantile(0.1), "vmax": table[value].max()}
+    figure = Figure((0.8 + 3.6 * len(groups), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for ax, (name, rows) in zip(axes, groups, strict=True):
+        grid = rows.pivot(index=y, columns=x, values=value)
+        seaborn.heatmap(grid, ax=ax, cbar=False, **look, **limits)
+        if best[by] == name:
+            corner = grid.columns.get_loc(best[x]), grid.index.get_loc(best[y])
+            frame = Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5)
+            ax.add_patch(frame)
+        ax.set_title(f"{by} = {name}")
+    return figure
+
+
+def plot_lines(lines, x, *, xlabel, ylabel, ax=None):
+    """Draw lines of estimates with their 95 % intervals over named places.
+
+    Parameters
+    ----------
+    lines : dict of str to list of dict
+        ``mean``, ``low`` and ``high`` for each place.
+    x : sequence of str
+        The places' names.
+    xlabel, ylabel : str
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax)
+    places = np.arange(len(x))
+    for number, (name, estimates) in enumerate(lines.items()):
+        shift = 0.06 * (number - (len(lines) - 1) / 2)  # so that intervals do not hide each other
+        look = {"color": COLOURS[number % len(COLOURS)], "markersize": 4, "capsize": 2}
+        ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", label=name, **look)
+    ax.set_xticks(places, x)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(**_LEGEND)
+    return ax
+
+
+def plot_points(points, *, xlabel, ylabel, ax=None):
+    """Draw named points, each with the 95 % interval of its height.
+
+    Parameters
+    ----------
+    points : dict of str to (float, dict)
+        Place, and ``mean``, ``low``, ``high``.
+    xlabel, ylabel : str
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax)
+    for number, (name, (x, estimate)) in enumerate(points.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        ax.errorbar([x], *_bounds([estimate]), fmt="o", color=colour, capsize=3)
+        beside = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
+        ax.annotate(name, (x, estimate["mean"]), **beside)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.margins(x=0.15)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax
+
+
+# --- diagrams and pictures ------------------------------------------------------------------------
+
+
+def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
+    """Draw images with text below each.
+
+    Parameters
+    ----------
+    images : sequence of arrays (h, w, 3) or (3, h, w), uint8, or PIL images
+    captions : sequence of str
+        Line breaks are kept, long lines wrapped.
+    columns, wrap, size : int
+        Pictures a row, characters a line, font size.
+    width : float
+        Inches.
+
+    Returns
+    -------
+    Figure
+    """
+    texts = [_wrapped(caption, wrap) for caption in captions]
+    heights = []  # of each row in inches: a square and its text
+    for start in range(0, len(texts), columns):
+        lines = max(text.count("\n") + 1 for text in texts[start : start + columns])
+        heights.append(width / columns * 0.97 + (lines + 1) * size * 1.55 / 72)
+    figure = Figure((width, sum(heights)))
+    space = {"left": 0.01, "right": 0.99, "top": 0.995, "bottom": 0, "hspace": 0, "wspace": 0.06}
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights, **space)
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        ax = figure.add_subplot(grid[divmod(number, columns)], anchor="N")
+        pixels = np.asarray(image)
+        pixels = pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels
+        ax.imshow(pixels, interpolation="nearest")
+        ax.set_axis_off()
+        below = {"transform": ax.transAxes, "va": "top", "fontsize": size, "linespacing": 1.25}
+        ax.text(0, -0.03, text, **below)
+    return figure
+
+
+def _wrapped(text, width):
+    """Return the text with its long lines wrapped and its line breaks and empty lines kept."""
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))

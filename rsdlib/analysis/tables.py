@@ -1,0 +1,196 @@
+"""The paper's tables, ours beside them: read from the JSON files that notebooks write.
+
+A stored row has ``method``, a score (``cosine``, or ``RefCLIPScore`` in table 1) with mean, low,
+high, n and trainings, and its paired comparisons.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsdlib import files
+from rsdlib.analysis.metrics import Estimate
+from rsdlib.errors import CacheError
+
+_PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text(encoding="utf-8"))
+PAPER = {table: content["rows"] for table, content in _PAPER.items()}
+TITLES = {table: content["title"] for table, content in _PAPER.items()}
+VANILLA = ("clip", "swin", "vit", "unet")
+# Table 5's single models are table 4's with the whole framework.
+SINGLE = {f"{name} + MLC + CL": PAPER["table 5"][name[0].upper()] for name in VANILLA}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A method's paired comparison with the method `over`."""
+
+    over: str
+    difference: Estimate
+    p: float
+
+    def __str__(self):
+        mean, low, high = self.difference.mean, self.difference.low, self.difference.high
+        return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] over {self.over}, p = {self.p:.2g}"
+
+
+def gains(row):
+    """Return the paired comparisons that a stored row holds.
+
+    Parameters
+    ----------
+    row : dict
+        A comparison is a dict with ``difference``, ``p`` and ``over``; without ``over`` it is over
+        the row's ``best member``, or over what its own name says: ``gain over vit``.
+
+    Returns
+    -------
+    list of Gain
+    """
+    records = []
+    for name, test in row.items():
+        if isinstance(test, dict) and "p" in test:
+            over = test.get("over") or row.get("best member") or name.removeprefix("gain over ")
+            records.append(Gain(over, Estimate(**test["difference"]), test["p"]))
+    return records
+
+
+def collect(folder):
+    """Read the paper's five tables from stored results.
+
+    Parameters
+    ----------
+    folder : path-like
+        Of the figures: with ``01_vit.json`` to ``08_captioning.json``.
+
+    Returns
+    -------
+    dict of str to list of dict
+        For each key of `PAPER` the rows: ``method``, ``score`` (mean, low, high), ``trainings``
+        that the score is a mean of, ``gain`` (a `Gain`, or None: over the vanilla training where
+        the row has that, else over the mean embedding, else its first) and ``paper``, the paper's
+        number or None.
+
+    Raises
+    ------
+    CacheError
+        A notebook has not stored its results yet.
+    """
+    folder = files.resolve_path(folder)
+
+    def read(name):
+        if not (folder / f"{name}.json").is_file():
+            message = f"{files.relative(folder)} has no {name}.json"
+            raise CacheError(message, f"Run: rsd run {name[:2]}")
+        return files.read_json(folder / f"{name}.json")
+
+    captions, ensembles = read("08_captioning")["table 1"], read("06_ensemble_dakl")
+    trained = [
+        row for name in ("01_vit", "02_swin", "03_clip", "04_unet") for row in read(name)["table"]
+    ]
+    single = {row["method"]: row for row in trained}
+    blip = next(row for row in captions if row["method"] == "BLIP")
+    single["BLIP"] = {"method": "BLIP", "cosine": blip["MiniLM"]}
+    longer = [f"{name}{more}" for name in VANILLA for more in (" + MLC", " + MLC + CL")]
+    stored = {
+        "table 1": captions,
+        "table 2": read("05_curriculum")["table 2"],
+        "table 3": ensembles["table 3"],
+        "table 4": [single[name] for name in [*PAPER["table 4"], *longer] if name in single],
+        "table 5": ensembles["table 5"] + ensembles.get("fitted weights", [])[-1:],
+    }
+    return {table: _beside_the_paper(table, rows) for table, rows in stored.items()}
+
+
+def _beside_the_paper(table, stored):
+    """Return a table's rows as `collect` does."""
+    paper = beside(table, [row["method"] for row in stored])
+    rows = []
+    for row in stored:
+        score = row["RefCLIPScore" if table == "table 1" else "cosine"]
+        facts = {"method": row["method"], "score": score, "trainings": score.get("trainings", 1)}
+        rows.append({**facts, "gain": _shown(gains(row)), "paper": paper.get(row["method"])})
+    return rows
+
+
+def _shown(gains):
+    """Return the gain over the vanilla training, else over the mean embedding, else the first."""
+    order = [*VANILLA, "mean embedding"]
+    places = [order.index(gain.over) if gain.over in order else len(order) for gain in gains]
+    return gains[places.index(min(places))] if gains else None
+
+
+def beside(table, methods):
+    """Return the paper's number for each of our methods that it has one for.
+
+    Table 3 goes by position: our numbers of centroids fit our data, the paper's its own.
+
+    Parameters
+    ----------
+    table : str
+        Key of `PAPER`.
+    methods : sequence of str
+
+    Returns
+    -------
+    dict of str to float
+    """
+    if table == "table 3":
+        all_there = len(methods) >= len(PAPER[table])
+        return dict(zip(methods, PAPER[table].values(), strict=False)) if all_there else {}
+    known = {**PAPER[table], **(SINGLE if table == "table 4" else {})}
+    return {method: known[method] for method in methods if method in known}
+
+
+def markdown(tables):
+    """Return `collect`'s tables as Markdown; a table of more than one training says how many.
+
+    Parameters
+    ----------
+    tables : dict of str to list of dict
+
+    Returns
+    -------
+    str
+    """
+    lines = []
+    for number, (table, rows) in enumerate(tables.items(), 1):
+        most = max(row["trainings"] for row in rows)
+        ours = "ours, 95 % interval" if most == 1 else f"ours, {most} trainings, 95 % interval"
+        lines += [f"**Table {number}. {TITLES[table]}**", ""]
+        lines += [f"| method | {ours} | gain, paired test | the paper |", "|---|---|---|---|"]
+        for row in rows:
+            score = str(Estimate(**row["score"]))
+            if row["trainings"] != most:
+                score += f", trainings: {row['trainings']}"
+            paper = "" if row["paper"] is None else f"{row['paper']:.4f}"
+            lines.append(f"| {row['method']} | {score} | {row['gain'] or ''} | {paper} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+BEGIN, END = "<!-- tables: written by rsd tables -->", "<!-- end of tables -->"
+
+
+def insert(text, tables):
+    """Return a Markdown text with the tables between its two marks.
+
+    Parameters
+    ----------
+    text : str
+    tables : dict of str to list of dict
+        See `collect`.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    CacheError
+        The marks are not there.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        fix = f"Put the lines {BEGIN!r} and {END!r} into it."
+        raise CacheError("the file has no place for tables", fix)
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{markdown(tables)}\n{END}{rest.split(END)[1]}"

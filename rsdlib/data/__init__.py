@@ -1,0 +1,16 @@
+"""Pairs of images and prompts: read, cleaned, decoded once, and what a model learns to say."""
+
+from rsdlib.data.clean import clean, is_english, near_duplicates, normalise, prompt_key, split, tidy
+from rsdlib.data.images import decode_image, open_image, resize
+from rsdlib.data.pairs import load_pairs
+from rsdlib.data.stores import (
+    FeatureStore,
+    ImageStore,
+    PairStore,
+    Pictures,
+    apply,
+    evaluating,
+    pack,
+    weights_key,
+)
+from rsdlib.data.targets import Vocabulary, cosine, embed, embed_cached, unit_rows

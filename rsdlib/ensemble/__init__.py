@@ -1,0 +1,5 @@
+"""Several models as one: their mean, DAKL, and the neighbours that both are held against."""
+
+from rsdlib.ensemble.dakl import DAKL, cluster, effective_rank, kernel, least_alpha, report
+from rsdlib.ensemble.mean import check_held_out, fit_blend, fit_weights, mean, search_dakl, subsets
+from rsdlib.ensemble.neighbours import knn_regress, nearest, nearest_prompts

@@ -1,0 +1,236 @@
+"""The mean of the models' predictions, and every choice made on validation predictions alone."""
+
+from itertools import combinations, product
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize
+
+from rsdlib.data import cosine, unit_rows
+from rsdlib.ensemble.dakl import DAKL, cluster, least_alpha
+from rsdlib.errors import BadValueError, ConfigError
+
+# --- the mean -------------------------------------------------------------------------------------
+
+
+def mean(predictions, weights=None):
+    """Return sum_m w_m f_m / |sum_m w_m f_m| over the models' unit predictions f_m.
+
+    The paper's ensembles have equal weights (supplementary, Table 5).
+
+    Parameters
+    ----------
+    predictions : dict of str to array-like (n, d), or list of array-like (n, d)
+        One array per model, for the same items in the same order; rows are scaled to unit length.
+    weights : dict of str to float, or array-like (m,), optional
+        One weight per model, not negative: by name for a dict. Equal by default.
+
+    Returns
+    -------
+    ndarray (n, d), float32, unit rows
+
+    Raises
+    ------
+    BadValueError
+        Shapes disagree, a row is zero or not finite, weights do not belong to these models, or
+        predictions cancel.
+    """
+    names, stack = _stack(predictions)
+    weights = np.ones(len(names)) if weights is None else _in_order(weights, names)
+    return unit_rows(np.tensordot(weights, stack, axes=1), "the mean").astype(np.float32)
+
+
+def _stack(predictions):
+    """Return the models' names, or numbers for a list, and their unit rows (m, n, d)."""
+    named = predictions if isinstance(predictions, dict) else dict(enumerate(predictions))
+    rows = {name: unit_rows(values, f"the predictions of {name}") for name, values in named.items()}
+    shapes = {name: values.shape for name, values in rows.items()}
+    if len(set(shapes.values())) != 1:
+        message = f"the models' predictions have the shapes {shapes}"
+        raise BadValueError(message, "Predict the same items with each of one or more models.")
+    return list(named), np.stack(list(rows.values()))
+
+
+def _in_order(weights, names):
+    """Return the weights (m,) in the models' order, or say which do not belong."""
+    named = weights if isinstance(weights, dict) else dict(enumerate(weights))
+    if set(named) != set(names):
+        message = f"the weights are for {list(named)}, the predictions of {names}"
+        raise BadValueError(message, "Hand in one per model, by name where models have names.")
+    weights = np.array([named[name] for name in names], np.float64)
+    if not (weights.min() >= 0 and 0 < weights.sum() < np.inf):
+        fix = "They must be finite, not negative, and not all zero."
+        raise BadValueError(f"weights {weights.tolist()} are not usable", fix)
+    return weights
+
+
+def subsets(names):
+    """Return every non-empty subset of the models, in the order of the supplementary's Table 5.
+
+    Parameters
+    ----------
+    names : iterable of str
+        ``"CUSV"`` gives C, U, S, V, CU, CS, CV, US, UV, SV, CUS, CUV, CSV, USV, CUSV.
+
+    Returns
+    -------
+    list of tuple of str
+        Smallest first.
+    """
+    names = list(names)
+    return [group for size in range(1, len(names) + 1) for group in combinations(names, size)]
+
+
+# --- choices on validation ------------------------------------------------------------------------
+
+
+def check_held_out(keys, trained_on):
+    """Refuse validation items that a model has trained on.
+
+    It is better on them than it will be on new images.
+
+    Parameters
+    ----------
+    keys : iterable
+        The validation items' prompts or their keys (`rsdlib.data.prompt_key`); images of one
+        prompt share their target.
+    trained_on : iterable
+        The same of every item that any of the models has trained on.
+
+    Raises
+    ------
+    BadValueError
+    """
+    shared = set(trained_on).intersection(keys)
+    if shared:
+        message = f"{len(shared)} of the items were trained on, {min(shared)!r} among them"
+        raise BadValueError(message, "Choose on predictions of models that did not.")
+
+
+def fit_weights(predictions, target):
+    """Return the convex weights of the mean whose mean cosine similarity to `target` is highest.
+
+    Differs from the paper, whose weights are equal.
+
+    Parameters
+    ----------
+    predictions : dict or list of array-like (n, d)
+        Validation predictions, see `mean`, by models that did not train on these items, see
+        `check_held_out`.
+    target : array-like (n, d)
+        The validation items' prompt embeddings.
+
+    Returns
+    -------
+    dict of str to float, or ndarray (m,) for a list
+        Not negative, with the sum one. Never worse on these items than equal weights or any single
+        model.
+
+    Raises
+    ------
+    BadValueError
+        See `mean`; or the target has another shape.
+    """
+    names, stack = _stack(predictions)
+    target = unit_rows(target, "target")
+    if target.shape != stack.shape[1:]:
+        shapes = f"predictions have the shape {stack.shape[1:]}, the target {target.shape}"
+        raise BadValueError(shapes, "They must be equal.")
+    loss = _minus_cosine(stack, target)
+    starts = [np.full(len(names), 1 / len(names)), *np.eye(len(names))]
+    candidates = [*starts, *(_descend(loss, start) for start in starts)]
+    best = min(candidates, key=lambda weights: loss(weights)[0])
+    return dict(zip(names, best.tolist(), strict=True)) if isinstance(predictions, dict) else best
+
+
+def _minus_cosine(stack, target):
+    """Return the function of the weights (m,) that gives minus the mean cosine and its gradient."""
+    similarity = np.einsum("mnd,nd->nm", stack, target)
+    between = np.einsum("mnd,knd->nmk", stack, stack)
+
+    def loss(weights):
+        spread = between @ weights  # (n, m)
+        norm = np.sqrt(np.maximum(spread @ weights, 1e-12))  # (n,)
+        cosines = similarity @ weights / norm
+        gradient = similarity / norm[:, None] - (cosines / norm**2)[:, None] * spread
+        return -cosines.mean(), -gradient.mean(axis=0)
+
+    return loss
+
+
+def _descend(loss, start):
+    """Return the convex weights at the local minimum that `start` leads to."""
+    sums_to_one = {"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": np.ones_like}
+    limits = {"bounds": [(0, 1)] * len(start), "constraints": sums_to_one}
+    result = minimize(loss, start, jac=True, method="SLSQP", options={"ftol": 1e-12}, **limits)
+    weights = np.clip(result.x, 0, 1)
+    return weights / weights.sum()
+
+
+def fit_blend(a, b, target):
+    """Return the weight w of `b` in ``mean([a, b], [1 - w, w])`` with the highest mean cosine.
+
+    Parameters
+    ----------
+    a, b : array-like (n, d)
+        Validation predictions, for example of the ensemble and of DAKL.
+    target : array-like (n, d)
+        The validation items' prompt embeddings.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+    """
+    return float(fit_weights([a, b], target)[1])
+
+
+def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, n_targets=0, **options):
+    """Score DAKL on validation over a grid, with validation as its target domain.
+
+    Each k-means runs once. An alpha that is too small for a number of clusters (`least_alpha`) is
+    left out there.
+
+    Parameters
+    ----------
+    X, Y : array-like (n, d), (n, q)
+        Source predictions and prompt embeddings, see `DAKL.fit`.
+    X_val, Y_val : array-like (t, d), (t, q)
+        Validation predictions and prompt embeddings.
+    n_clusters : sequence of int
+    gammas, alphas : sequence of float
+    n_targets : int
+        Rows of the largest target that the choice is to be fitted with, if larger than the
+        validation's.
+    **options
+        Further parameters of `DAKL`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per combination, best first: n_clusters, gamma, alpha, cosine (mean on validation),
+        solver, error. The first three of the first row are what to fit on the test images'
+        predictions.
+
+    Raises
+    ------
+    ConfigError
+        Every alpha is too small.
+    """
+    template = DAKL(**options)
+    k_means = template.centroid_target, template.max_iter, template.random_state
+    table = []
+    for count in n_clusters:
+        centroids, targets = cluster(X, Y, count, *k_means)
+        least = least_alpha(count, max(n_targets, len(X_val)), template.tol)
+        for gamma, alpha in product(gammas, [alpha for alpha in alphas if alpha >= least]):
+            choice = {"n_clusters": count, "gamma": gamma, "alpha": alpha}
+            model = DAKL(**choice, **options)
+            score = cosine(model.fit_predict(centroids, targets, X_val), Y_val).mean()
+            facts = {"cosine": score, "solver": model.solver_, "error": model.error_}
+            table.append(choice | facts)
+    if not table:
+        message = f"every alpha of {list(alphas)} is lost in float64's rounding"
+        raise ConfigError(message, f"Use {least:.1g} or more.")
+    order = {"ascending": False, "kind": "stable", "ignore_index": True}
+    return pd.DataFrame(table).sort_values("cosine", **order)

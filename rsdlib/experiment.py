@@ -1,0 +1,775 @@
+"""Prepare, train, predict, compare: the steps that notebooks share.
+
+Each step stores what it made under a key of what made it, so that a notebook finds the work of an
+earlier one or does it itself. A training is laid open as a `Trial`: `plan` makes one, its parts can
+be looked at and changed, and `Trial.run` hands them to `rsdlib.training.fit`.
+"""
+
+import contextlib
+import copy
+import inspect
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rsdlib import analysis, data, ensemble, files, models, runtime, training
+from rsdlib.config import (
+    BackboneConfig,
+    CurriculumConfig,
+    DataConfig,
+    HeadConfig,
+    TrainConfig,
+    as_dict,
+    replace,
+)
+from rsdlib.errors import BadTableError, CacheError, CheckpointError, ConfigError
+
+SPLITS = ("train", "val", "test")
+
+# --- prepare --------------------------------------------------------------------------------------
+
+_RULES = "3"  # part of the key of prepared data: change it with what the rules of `data` do
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Clean, split, labelled pairs.
+
+    Attributes
+    ----------
+    key : str
+        Of the source's rows and the settings.
+    pairs : DataFrame
+        id, prompt, image, key (of the normalised prompt), split, and the source's metadata.
+    report : DataFrame
+        One row per cleaning rule.
+    vocabulary : rsdlib.data.Vocabulary
+        Of the training prompts.
+    targets : ndarray (n, 384), float32, memory-mapped
+    labels : ndarray (n, ceil(m / 8)), uint8, memory-mapped
+        Packed, see `rsdlib.data.pack`.
+    """
+
+    key: str
+    config: DataConfig
+    pairs: pd.DataFrame
+    report: pd.DataFrame
+    vocabulary: data.Vocabulary
+    targets: np.ndarray
+    labels: np.ndarray
+    _stores: dict = field(default_factory=dict, repr=False)
+
+    def rows(self, split, store=None):
+        """Return the rows of a split; with a store, those of them that it has."""
+        rows = np.flatnonzero((self.pairs["split"] == split).to_numpy())
+        return rows if store is None else rows[store.ok[rows]]
+
+    def sizes(self):
+        """Return a table: split, pairs, prompts, and how many of them another split shares."""
+        table = []
+        for split in SPLITS:
+            inside = self.pairs["split"] == split
+            mine, others = (set(self.pairs["key"][side]) for side in (inside, ~inside))
+            counts = {
+                "pairs": int(inside.sum()),
+                "prompts": len(mine),
+                "shared": len(mine & others),
+            }
+            table.append({"split": split, **counts})
+        return pd.DataFrame(table)
+
+    def images(self, size, on_bad="error"):
+        """Return the decoded images of all pairs, stored once and checked once a session."""
+        if (size, on_bad) not in self._stores:
+            many = len(self.pairs) > 20_000  # below, starting processes costs more than it saves
+            pool = ProcessPoolExecutor(os.cpu_count()) if many else contextlib.nullcontext()
+            with pool as executor:
+                store = data.ImageStore.build(self.pairs, size, on_bad=on_bad, executor=executor)
+            self._stores[size, on_bad] = store
+        return self._stores[size, on_bad]
+
+    def store(self, encoder, on_bad="error", device="auto"):
+        """Return what an encoder reads: images, or what its frozen front makes of them."""
+        images = self.images(encoder.image_size, on_bad)
+        front = getattr(encoder, "front", None)
+        if front is None:
+            return images
+        key = (images.key, data.weights_key(front))
+        if key not in self._stores:
+            self._stores[key] = data.FeatureStore.build(images, front, device=device)
+        return self._stores[key]
+
+    def scores(self, store, split="test"):
+        """Return empty `analysis.Scores` for the rows of a split that a store has."""
+        rows = self.rows(split, store)
+        return analysis.Scores(rows, self.targets[rows], self.pairs["key"].to_numpy()[rows])
+
+    def figures(self, profile, folder=""):
+        """Return the folder for results: `folder`, or one below ``runs`` of these data."""
+        if folder:
+            return files.resolve_path(folder)
+        return files.root() / "runs" / profile.name / f"figures-{self.key[:8]}"
+
+
+def prepare(config):
+    """Read, clean, split, label and embed the pairs of a source, or find them done.
+
+    Parameters
+    ----------
+    config : rsdlib.config.DataConfig
+
+    Returns
+    -------
+    Prepared
+
+    Raises
+    ------
+    BadTableError
+        Too few pairs are left to train on and to judge by; see also `rsdlib.data.load_pairs`.
+    """
+    pairs = data.load_pairs(config.source, limit=config.limit)
+    ruled = [name for name in ("id", "prompt", "image_nsfw", "prompt_nsfw") if name in pairs]
+    fingerprint = pd.util.hash_pandas_object(pairs[ruled].astype(str), index=False).tolist()
+    settings = {name: value for name, value in as_dict(config).items() if name != "source"}
+    key = files.digest([settings, _RULES, fingerprint])
+    folder = files.cache_dir() / "prepared" / key
+    if not (folder / "vocabulary.json").exists():  # the last file of this step
+        _prepare(config, pairs, folder)
+    own = ["prompt", "key", "split"]  # a source's own split is not ours
+    metadata = pairs.drop(columns=own, errors="ignore")
+    kept = pd.read_parquet(folder / "pairs.parquet")
+    kept = kept.merge(metadata, on="id", how="left", validate="1:1")
+    vocabulary = data.Vocabulary.load(folder / "vocabulary.json")
+    prompts = kept["prompt"]
+    device = runtime.device("auto")
+    targets = files.cached_rows(
+        folder / "targets.npy", lambda: data.embed_cached(prompts, device=device)
+    )
+    labels = files.cached_rows(folder / "labels.npy", lambda: data.pack(vocabulary.encode(prompts)))
+    report = pd.read_parquet(folder / "report.parquet")
+    return Prepared(key, config, kept, report, vocabulary, targets, labels)
+
+
+def _prepare(config, pairs, folder):
+    kept, report = data.clean(pairs, config.clean)
+    if kept.empty:
+        rule = report.loc[(report["rows_in"] - report["rows_out"]).idxmax(), "rule"]
+        message = f"no pair of {config.source} is left after cleaning"
+        raise BadTableError(message, f"The rule {rule!r} took most: loosen it.")
+    kept["split"] = data.split(kept["key"], config.val_fraction, config.test_fraction)
+    for split in SPLITS:
+        prompts = kept.loc[kept["split"] == split, "key"].nunique()
+        if prompts < 2:
+            of = f"{prompts} of {kept['key'].nunique()} prompts"
+            message = f"the {split} split of {config.source} has {of}, too few to judge by"
+            raise BadTableError(message, "Add data.")
+    train = kept.loc[kept["split"] == "train", "prompt"]
+    files.write_parquet(folder / "pairs.parquet", kept[["id", "prompt", "key", "split"]])
+    files.write_parquet(folder / "report.parquet", report)
+    data.Vocabulary.fit(train, config.vocabulary_size).save(folder / "vocabulary.json")
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a model, besides the training settings; enough to build the model again."""
+
+    backbone: BackboneConfig
+    head: HeadConfig
+    words: tuple = ()  # the vocabulary; empty without vocabulary head
+    prepared: str = ""  # key of the prompts and their split
+    seed: int = 0
+    images: str = ""  # key of the store that is read
+    start: str = ""  # key of the starting weights: a pretrained file may change under its name
+    front: str = ""  # key of the frozen front, which is no part of the run's own weights
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    stages: str = ""  # key of which rows are read in which epoch
+    objective: str = ""  # key of an objective that is not the joint one
+
+    @property
+    def captions(self):
+        """Whether the model answers in words: BLIP does."""
+        return self.backbone.library == "blip"
+
+    def build(self, encoder=None, load=True):
+        """Return the model with its starting weights, a function of the recipe alone.
+
+        `encoder` is what was handed to `plan`; without `load` the trained weights are to follow,
+        and pretrained ones need not be here.
+        """
+        import torch
+
+        if self.backbone.library == "own" and encoder is None:
+            message = f"the encoder {self.backbone.model!r} of this run is not one of ours"
+            raise CheckpointError(message, "Hand it in again: encoder=...")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(runtime.torch_seed("weights", self.seed))
+            if self.captions:
+                pretrained = self.backbone.pretrained and load
+                return models.open_captioner(self.backbone.model, len(self.words), pretrained)
+            if encoder is None:
+                encoder = models.create(self.backbone, load=load)
+            else:
+                encoder = copy.deepcopy(encoder)  # it may be trained more than once
+            return models.PromptRegressor(encoder, self.head.head, len(self.words))
+
+    @classmethod
+    def load(cls, folder):
+        """Read the recipe of a run folder."""
+        values = training.made_from(folder)["recipe"]
+        nested = {
+            "backbone": BackboneConfig(**values["backbone"]),
+            "head": HeadConfig(**values["head"]),
+            "words": tuple(values["words"]),
+            "curriculum": CurriculumConfig(**values["curriculum"]),
+        }
+        return cls(**{**values, **nested})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training, laid open: everything that `rsdlib.training.fit` is given.
+
+    Attributes
+    ----------
+    name : str
+    model : nn.Module
+    pairs : rsdlib.data.PairStore
+        Inputs, targets and labels; ``train`` and ``val`` rows.
+    objective : callable
+        ``objective(model, batch) -> (loss, similarity (b,))``.
+    stages : list of rsdlib.training.Stage
+    callbacks : list of rsdlib.training.Callback
+    config : rsdlib.config.TrainConfig
+    recipe : Recipe
+    folder : Path
+        ``runs/<profile>/<name>-<key>``.
+    """
+
+    name: str
+    model: object
+    pairs: data.PairStore
+    objective: object
+    stages: list
+    callbacks: list
+    config: TrainConfig
+    recipe: Recipe
+    folder: Path
+
+    def run(self):
+        """Train, or find the run done; return its folder."""
+        steps = f"{len(self.pairs.train)} training pairs, {self.config.epochs} epochs"
+        runtime.log(f"{self.name}: {steps} -> {files.relative(self.folder)}")
+        return training.fit(
+            self.model,
+            self.pairs,
+            self.config,
+            self.folder,
+            objective=self.objective,
+            stages=self.stages,
+            callbacks=self.callbacks,
+            recipe=as_dict(self.recipe),
+        )
+
+
+def train(profile, backbone, prepared, **options):
+    """Train one backbone on prepared pairs, or find the run done: ``plan(...).run()``.
+
+    Parameters
+    ----------
+    profile, backbone, prepared, **options
+        See `plan`.
+
+    Returns
+    -------
+    Path
+        The run folder.
+    """
+    return plan(profile, backbone, prepared, **options).run()
+
+
+def three_ways(profile, backbone, prepared, **options):
+    """Train a backbone vanilla, with vocabulary head (MLC), and with curriculum as well (CL).
+
+    Parameters
+    ----------
+    profile, backbone, prepared, **options
+        See `plan`.
+
+    Returns
+    -------
+    dict of str to Path
+        Method to run folder, the vanilla run first.
+    """
+    vanilla = train(profile, backbone, prepared, **{**options, "weight": 0.0})
+    mlc = train(profile, backbone, prepared, **options)
+    full = train(profile, backbone, prepared, curriculum="ours", **options)
+    if mlc == vanilla:  # with weight 0 they are one run
+        return {backbone: vanilla, f"{backbone} + CL": full}
+    return {backbone: vanilla, f"{backbone} + MLC": mlc, f"{backbone} + MLC + CL": full}
+
+
+def plan(
+    profile,
+    backbone,
+    prepared,
+    *,
+    weight=None,
+    head=None,
+    curriculum=None,
+    encoder=None,
+    objective=None,
+    stages=None,
+    on_bad="error",
+    **changes,
+):
+    """Put together what one training needs, and train nothing yet.
+
+    Parameters
+    ----------
+    profile : rsdlib.config.Profile
+    backbone : str
+        A name in ``profile.backbones``, or ``"timm:<name>"``; a name of your own with `encoder`.
+    prepared : Prepared
+    weight : float, optional
+        The vocabulary loss's weight lambda; 0 trains the embedding alone ("vanilla").
+    head : str, optional
+        Arrangement of the heads.
+    curriculum : {"none", "ours", "cbs", "lerac"} or CurriculumConfig, optional
+        By name with the profile's settings. ``"ours"`` sorts by the difficulty that the same
+        training without curriculum recorded, and trains that first if it is not there.
+    encoder : nn.Module, optional
+        In place of the profile's: maps uint8 images (b, 3, s, s) to features (b, p) and states p as
+        ``features`` and s as ``image_size``.
+    objective : callable, optional
+        In place of the joint one: ``objective(model, batch) -> (loss, similarity (b,))``. Its
+        source and its fields are part of the run's key.
+    stages : list of rsdlib.training.Stage, or callable, optional
+        An order of your own; a callable ``stages(rows, hardness, epochs)`` is given what the same
+        training without curriculum recorded.
+    on_bad : {"error", "skip"}
+        What to do about images that cannot be read.
+    **changes
+        Training settings that differ from the profile's, such as ``epochs=3``.
+
+    Returns
+    -------
+    Trial
+    """
+    config = profile.training(backbone, **changes)
+    recipe = _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config.seed)
+    model = recipe.build(encoder)
+    network = model if recipe.captions else model.backbone
+    store = prepared.store(network, on_bad, config.device)
+    start = data.weights_key(model)
+    pairs = _pairs(prepared, store, model, recipe)
+    if recipe.head.probe:
+        _probe(model, pairs, config.device)
+
+    def history():
+        plain = {"weight": weight, "head": head, "encoder": encoder, "objective": objective}
+        folder = train(
+            profile, backbone, prepared, curriculum="none", on_bad=on_bad, **plain, **changes
+        )
+        return training.load_run(folder).difficulty
+
+    stages, callbacks = _order(recipe.curriculum, pairs.train, config.epochs, stages, history)
+    front = getattr(network, "front", None)
+    recipe = replace(
+        recipe,
+        images=store.key,
+        start=start,
+        front=data.weights_key(front) if front is not None else "",
+        stages=files.digest([[stage.rows.tolist(), stage.epochs] for stage in stages]),
+        objective=identity(objective) if objective is not None else "",
+    )
+    name = _name(backbone, recipe)
+    key = files.digest([as_dict(recipe), config.fixed()], 8)
+    folder = files.root() / "runs" / profile.name / f"{name}-{key}"
+    objective = objective or _objective(model, recipe)
+    return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, folder)
+
+
+def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, seed):
+    """Return what was asked for, in full: the profile's settings wherever nothing else was said."""
+    if encoder is None:
+        described = profile.backbone(backbone)
+    else:
+        described = BackboneConfig("own", type(encoder).__name__, image_size=encoder.image_size)
+    asked = {"weight": weight, "head": head}
+    heads = replace(profile.head, **{k: value for k, value in asked.items() if value is not None})
+    if described.library == "blip":  # it has one arrangement
+        heads = HeadConfig(weight=heads.weight)
+    elif not heads.weight:  # one vanilla run, whatever arrangement was asked for
+        heads = replace(heads, head=HeadConfig().head)
+    if not isinstance(curriculum, CurriculumConfig):
+        curriculum = replace(profile.curriculum, name=curriculum or profile.curriculum.name)
+    words = prepared.vocabulary.words if heads.weight else ()
+    return Recipe(described, heads, words, prepared.key, seed, curriculum=curriculum)
+
+
+def _pairs(prepared, store, model, recipe):
+    targets = model.encode(prepared.pairs["prompt"]) if recipe.captions else prepared.targets
+    labels = prepared.labels if recipe.words else None
+    train, val = (prepared.rows(split, store) for split in ("train", "val"))
+    return data.PairStore(store, targets, labels, len(recipe.words), train, val)
+
+
+def _probe(model, pairs, device):
+    import torch
+
+    features = data.FeatureStore.build(pairs.store, model.backbone, device=device)
+    targets = np.asarray(pairs.targets[pairs.train])
+    model.probe(torch.from_numpy(features.batch(pairs.train)), torch.from_numpy(targets))
+
+
+def _order(curriculum, rows, epochs, stages, history):
+    """Return stages and callbacks; `history` trains what an order by difficulty is made from."""
+    if callable(stages):
+        return stages(rows, training.hardness_of(rows, history()), epochs), []
+    if stages is not None:
+        return stages, []
+    known = history() if curriculum.name == "ours" else None
+    return training.regime(curriculum, rows, epochs, known)
+
+
+def _objective(model, recipe):
+    if recipe.captions:
+        return models.CaptionObjective(recipe.head.weight, model.pad)
+    return models.JointObjective(recipe.head.weight, recipe.head.huber)
+
+
+def _name(backbone, recipe):
+    parts = [slug(backbone), "mlc" if recipe.words else "vanilla"]
+    if recipe.curriculum.name != "none":
+        parts.append(recipe.curriculum.name)
+    return "-".join(parts)
+
+
+def slug(backbone):
+    """Return a backbone's name as part of a file name."""
+    return re.sub(r"[^\w.]+", "-", backbone)
+
+
+def identity(thing):
+    """Return a key of a function or of an object that is called: its source and its fields.
+
+    What a function takes from around itself is not seen: make it an argument or a field.
+    """
+    function = thing if inspect.isfunction(thing) else type(thing).__call__
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError) as error:
+        message = f"the source of {thing!r} cannot be read, so its run would have no key"
+        raise ConfigError(message, "Define it in a notebook cell or a module.") from error
+    return files.digest([source, getattr(thing, "__dict__", {})])
+
+
+# --- open -----------------------------------------------------------------------------------------
+
+
+def starting_model(folder, encoder=None):
+    """Return the model that a run started from."""
+    return Recipe.load(folder).build(encoder)
+
+
+def load_model(folder, encoder=None):
+    """Return the trained model of a run folder, and its recipe.
+
+    Parameters
+    ----------
+    folder : path-like
+    encoder : nn.Module, optional
+        What `plan` was given, if it was.
+
+    Returns
+    -------
+    model : nn.Module
+    recipe : Recipe
+
+    Raises
+    ------
+    CheckpointError
+        The weights do not fit, or the frozen front is not the one that the run was trained with.
+    """
+    recipe = Recipe.load(folder)
+    model = recipe.build(encoder, load=False)
+    training.load_weights(model, Path(folder) / training.WEIGHTS)
+    network = model if recipe.captions else model.backbone
+    if recipe.front and data.weights_key(network.front) != recipe.front:
+        message = f"the frozen part of {recipe.backbone.model} is not the one that "
+        message += f"{files.relative(folder)} was trained with"
+        raise CheckpointError(message, "Bring its files back, or train again.")
+    return model, recipe
+
+
+# --- predict --------------------------------------------------------------------------------------
+
+
+def predict(folder, prepared, store, split, device="auto", encoder=None):
+    """Return a run's predictions on a split, stored in its folder with a table of the same rows.
+
+    Parameters
+    ----------
+    folder : path-like
+        A run.
+    prepared : Prepared
+    store : rsdlib.data.ImageStore or rsdlib.data.FeatureStore
+        What the model reads, see `Prepared.store`.
+    split : {"train", "val", "test"}
+    device : str
+    encoder : nn.Module, optional
+        What `plan` was given, if it was.
+
+    Returns
+    -------
+    ndarray (n, d), float32, unit rows
+    """
+    rows = prepared.rows(split, store)
+    items = prepared.pairs.iloc[rows][["id", "prompt"]]
+    key = files.digest([items.to_numpy().tolist(), store.key])
+    path = Path(folder) / f"predictions-{split}-{key[:8]}.npy"
+
+    def answer():
+        model, _ = load_model(folder, encoder)
+        how = {"pick": lambda output: output[0], "description": f"predicting {split}"}
+        pred = data.apply(model, store, rows, device=device, **how)
+        cosine = analysis.cosine(pred, prepared.targets[rows])
+        files.write_parquet(path.with_suffix(".parquet"), items.assign(cosine=cosine))
+        return pred
+
+    return files.cached_rows(path, answer)
+
+
+def captions(model, prepared, store, split, beams=3, device="auto"):
+    """Return a captioner's captions of a split, stored under the model's weights and the images.
+
+    Parameters
+    ----------
+    model : rsdlib.models.Captioner
+    prepared : Prepared
+    store : rsdlib.data.ImageStore
+        At the size that this captioner reads.
+    split : {"train", "val", "test"}
+    beams : int
+        1 is greedy.
+    device : str
+
+    Returns
+    -------
+    list of str
+        One for each row of the split that has an image.
+    """
+    rows = prepared.rows(split, store)
+    how = [beams, models.LENGTH, models.REPEAT]
+    key = files.digest([data.weights_key(model), store.key, rows.tolist(), *how])
+    path = files.cache_dir() / "captions" / f"{key}.json"
+    if not path.exists():
+        files.write_json(path, models.caption_all(model, store, rows, beams, device))
+    return files.read_json(path)
+
+
+MEAN = "mean embedding"
+KNN_BEFORE, KNN_AFTER = "k-NN, features as they came", "k-NN, features as trained (vanilla)"
+BASELINES = (MEAN, KNN_BEFORE, KNN_AFTER)
+CLIP_KNN = "CLIP + k-NN"
+NEIGHBOURS = (1, 4, 16, 64)  # candidates for k; the best on validation is used
+
+
+def predict_baselines(scores, prepared, store, before, after, device="auto"):
+    """Add the predictions that a trained model has to beat; return the chosen k of each k-NN.
+
+    Parameters
+    ----------
+    scores : rsdlib.analysis.Scores
+    prepared : Prepared
+    store : rsdlib.data.ImageStore or rsdlib.data.FeatureStore
+    before, after : rsdlib.models.PromptRegressor
+        With starting and with trained weights: their backbones give the features for the k-NN.
+    device : str
+
+    Returns
+    -------
+    dict of str to int
+    """
+    train, val = (prepared.rows(split, store) for split in ("train", "val"))
+    mean = prepared.targets[train].mean(axis=0, keepdims=True)  # (1, d)
+    scores.predictions[MEAN] = np.repeat(mean, len(scores.rows), axis=0)
+    chosen = {}
+    for name, model in ((KNN_BEFORE, before), (KNN_AFTER, after)):
+        features = data.FeatureStore.build(store, model.backbone, device=device)
+        base, own, queries = map(features.batch, (train, val, scores.rows))
+        answers = prepared.targets[train], prepared.targets[val]
+        chosen[name], scores.predictions[name] = _regress(queries, own, base, *answers)
+    return chosen
+
+
+def predict_clip_knn(scores, prepared, backbone, images, device="auto"):
+    """Add the paper's CLIP + k-NN (supplementary, Table 4): image against prompts' text embeddings.
+
+    Differs from the paper: CLIP is not fine-tuned before.
+
+    Parameters
+    ----------
+    scores : rsdlib.analysis.Scores
+    prepared : Prepared
+    backbone : rsdlib.config.BackboneConfig
+        Of the library open_clip.
+    images : rsdlib.data.ImageStore
+        At the size that this CLIP reads.
+    device : str
+
+    Returns
+    -------
+    int
+        The chosen k.
+    """
+    train, val = (prepared.rows(split, images) for split in ("train", "val"))
+    encoder, read = models.clip_pair(backbone, device=device)
+    base = read(prepared.pairs["prompt"].iloc[train].tolist())
+    how = {"device": device, "description": "CLIP embeddings"}
+    own, queries = (data.apply(encoder, images, rows, **how) for rows in (val, scores.rows))
+    answers = prepared.targets[train], prepared.targets[val]
+    k, scores.predictions[CLIP_KNN] = _regress(queries, own, base, *answers)
+    return k
+
+
+def _regress(queries, own, base, targets, true):
+    """Return the k that is best on validation features `own`, and the k-NN's predictions."""
+
+    def on_validation(k):
+        return analysis.cosine(ensemble.knn_regress(own, base, targets, k), true).mean()
+
+    k = max((k for k in NEIGHBOURS if k <= len(base)), key=on_validation)
+    return k, ensemble.knn_regress(queries, base, targets, k)
+
+
+# --- compare --------------------------------------------------------------------------------------
+
+
+def compare(runs, prepared, store, split="test", device="auto", encoder=None):
+    """Score runs of one backbone beside the answers that they have to beat.
+
+    Parameters
+    ----------
+    runs : dict of str to Path
+        Method to run folder; the first is the vanilla run, whose features the k-NN baselines use
+        and with which the others are compared.
+    prepared : Prepared
+    store : rsdlib.data.ImageStore or rsdlib.data.FeatureStore
+        What the backbone reads, see `Prepared.store`.
+    split : {"val", "test"}
+    device : str
+    encoder : nn.Module, optional
+        What `plan` was given, if it was.
+
+    Returns
+    -------
+    scores : rsdlib.analysis.Scores
+    table : list of dict
+        One row a method, for `analysis.as_table` and `analysis.plot_scores`.
+    """
+    first = next(iter(runs))
+    scores = prepared.scores(store, split)
+    before, (after, _) = starting_model(runs[first], encoder), load_model(runs[first], encoder)
+    neighbours = predict_baselines(scores, prepared, store, before, after, device)
+    for name, folder in runs.items():
+        scores.predictions[name] = predict(folder, prepared, store, split, device, encoder)
+    table = scores.table(BASELINES)
+    for row in table:
+        name = row["method"]
+        if name in neighbours:
+            row["k"] = neighbours[name]
+        if name in runs and name != first:
+            row[f"gain over {first}"] = scores.gain(name, first)
+    return scores, table
+
+
+def draw(name, runs, scores, table, prepared, images, folder, paper=None):
+    """Write a comparison's JSON file and draw what it shows.
+
+    Parameters
+    ----------
+    name : str
+        Of the files, such as ``"01_vit"``.
+    runs, scores, table
+        What `compare` took and returned.
+    prepared : Prepared
+    images : rsdlib.data.ImageStore
+    folder : path-like
+        Where the files go.
+    paper : dict of str to float, optional
+        The paper's score of some methods, to stand beside ours.
+
+    Returns
+    -------
+    dict of str to Figure
+        ``curves``, ``scores``, ``recall`` and ``neighbours``, saved as PNG.
+    """
+    opened = {method: training.load_run(run) for method, run in runs.items()}
+    seed = next(iter(opened.values())).config.seed
+    files.write_json(folder / f"{name}.json", {"table": table, **about(prepared, seed)})
+    ranks = {
+        method: analysis.retrieval(pred, scores.target, scores.groups)
+        for method, pred in scores.predictions.items()
+    }
+    candidates = next(iter(ranks.values())).candidates
+    last = list(runs)[-1]
+    figures = {
+        "curves": analysis.plot_curves({m: run.metrics for m, run in opened.items()}).figure,
+        "scores": analysis.plot_scores(table, reference=paper).figure,
+        "recall": analysis.plot_recall({m: r.ranks for m, r in ranks.items()}, candidates).figure,
+        "neighbours": _draw_answers(scores, last, prepared, images),
+    }
+    for kind, figure in figures.items():
+        analysis.save_figure(figure, folder / f"{name}_{kind}.png")
+    return figures
+
+
+def _draw_answers(scores, method, prepared, images, count=8):
+    """Draw items from the best to the worst prediction with the true and the nearest prompt."""
+    cosine = scores.cosine(method)
+    order = np.argsort(-cosine, kind="stable")
+    picked = order[np.linspace(0, len(order) - 1, count).round().astype(int)]
+    prompts, bank = prepared.pairs["prompt"].to_numpy(), prepared.rows("train")
+    pred = scores.predictions[method][picked]
+    nearest = ensemble.nearest_prompts(pred, prepared.targets[bank], prompts[bank])
+    answers = zip(cosine[picked], prompts[scores.rows[picked]], nearest, strict=True)
+    texts = [f"cosine {c:.2f}\nTRUE: {true}\nNEAREST: {near}" for c, true, near in answers]
+    return analysis.plot_images(images.batch(scores.rows[picked]), texts, columns=4, wrap=41)
+
+
+def about(prepared, seed):
+    """Return what every stored result says of itself: its data, the seed, the machine."""
+    return {
+        "source": files.relative(files.resolve_path(prepared.config.source)),
+        "prepared": prepared.key,
+        "sizes": prepared.sizes().to_dict("records"),
+        "seed": seed,
+        "environment": runtime.environment(),
+    }
+
+
+def results_folder(profile):
+    """Return where a profile's results lie: its own below ``runs``, else those that ship with it.
+
+    Raises
+    ------
+    CacheError
+        There are none yet.
+    """
+    own = sorted((files.root() / "runs" / profile.name).glob("figures-*"))
+    complete = [folder for folder in own if len(list(folder.glob("0[1-8]_*.json"))) >= 7]
+    if complete:
+        return max(complete, key=lambda folder: folder.stat().st_mtime)
+    if profile.published:
+        return files.resolve_path(profile.published)
+    message = f"profile {profile.name!r} has no results yet below runs/{profile.name}"
+    raise CacheError(message, f"Run: rsd reproduce --profile {profile.name}")

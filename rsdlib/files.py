@@ -1,0 +1,239 @@
+"""Where things lie and how they are written: whole or not at all, under keys of what made them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import tokenize
+from pathlib import Path
+
+import numpy as np
+
+from rsdlib import runtime
+from rsdlib.errors import CacheError, ConfigError
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+def root():
+    """Return the project's folder: ``$RSD_ROOT``, else the checkout of this package."""
+    if os.environ.get("RSD_ROOT"):
+        return Path(os.path.abspath(os.environ["RSD_ROOT"]))
+    for folder in (Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents):
+        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    raise ConfigError("the project's folder was not found", "Set RSD_ROOT to the checkout.")
+
+
+def cache_dir():
+    """Return ``data/cache``, where everything lies that can be made again."""
+    return root() / "data" / "cache"
+
+
+def resolve_path(path):
+    """Return `path` as given if it exists from the working directory, else below the project."""
+    path = Path(path).expanduser()
+    if path.is_absolute() or path.exists():
+        return Path(os.path.abspath(path))
+    return root() / path
+
+
+def relative(path):
+    """Return `path` as text, relative to the project's folder where it lies inside."""
+    path = Path(os.path.abspath(path))  # links are kept: data may be linked in from another disk
+    return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def digest(value, length=16):
+    """Return the first `length` hexadecimal digits of the SHA-256 of `value`'s canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def checksum(arrays):
+    """Return the SHA-256 of named arrays: names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")
+        total.update(f"{name} {array.dtype} {array.shape}".encode())
+        if array.size:
+            total.update(memoryview(array).cast("B"))
+    return total.hexdigest()
+
+
+# --- whole files ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on a clean exit it takes the place of `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes files private; these are shared
+        _flush(temporary)
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+            _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder):
+    """Delete temporary files of killed writers; the caller must be the folder's only writer."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write `text` to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    """Write `value` to `path` as readable JSON; NaN is refused, a reader may not know it."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """Read a JSON file; a damaged one is a `CacheError` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        fix = "Delete it and run again."
+        raise CacheError(f"{relative(path)} cannot be read: {error}", fix) from error
+
+
+def write_parquet(path, frame):
+    """Write a data frame to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        frame.to_parquet(temporary, index=False)
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+def _damaged(path, reason):
+    fix = "Delete it; it is made again on the next run."
+    return CacheError(f"{relative(path)} is damaged: {reason}", fix)
+
+
+def save_arrays(path, arrays, meta=None):
+    """Write named arrays, and what JSON can hold, into one safetensors file with a checksum."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    # One key: safetensors writes several in a random order, and equal contents are equal bytes.
+    header = json.dumps({"sha256": checksum(arrays), "meta": meta or {}}, sort_keys=True)
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary, metadata={"rsdlib": header})
+
+
+def load_arrays(path):
+    """Read what `save_arrays` wrote, into memory, and hold it against its checksum.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    arrays : dict of str to ndarray
+    meta : dict
+
+    Raises
+    ------
+    CacheError
+        The file is absent, cut short, damaged, or was not written by `save_arrays`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            header = json.loads(file.metadata()["rsdlib"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta, stated = header["meta"], header["sha256"]
+    except FileNotFoundError as error:
+        raise CacheError(f"there is no file {relative(path)}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    if checksum(arrays) != stated:
+        raise _damaged(path, "its bytes do not match its checksum")
+    return arrays, meta
+
+
+_TRAILER = hashlib.sha256().digest_size  # bytes of the checksum behind the array in a rows file
+
+
+def save_rows(path, rows):
+    """Write one large array as ``.npy``, its SHA-256 behind it, whole or not at all."""
+    rows = np.asarray(rows, order="C")
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, rows, allow_pickle=False)
+        stream.write(bytes.fromhex(checksum({"rows": rows})))
+
+
+def open_rows(path, *, verify=True):
+    """Map what `save_rows` wrote into memory, read-only.
+
+    Parameters
+    ----------
+    path : path-like
+    verify : bool
+        Compare the checksum: reads every byte once. The size is compared always.
+
+    Returns
+    -------
+    ndarray
+
+    Raises
+    ------
+    CacheError
+        The file is damaged or was not written by `save_rows`.
+    OSError
+        The machine refuses, for example because too many files are open: no damage.
+    """
+    path = Path(path)
+    try:
+        rows = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:
+        raise _damaged(path, error) from error
+    if path.stat().st_size != getattr(rows, "offset", 0) + rows.nbytes + _TRAILER:
+        raise _damaged(path, "its size is not that of its array")
+    if verify:
+        with path.open("rb") as stream:
+            stream.seek(-_TRAILER, os.SEEK_END)
+            if stream.read().hex() != checksum({"rows": rows}):
+                raise _damaged(path, "its bytes do not match its checksum")
+    return rows
+
+
+def cached_rows(path, make):
+    """Return the array stored at `path`; call `make` and store it where it is absent or damaged."""
+    path = Path(path)
+    if path.exists():
+        try:
+            return open_rows(path)
+        except CacheError:
+            runtime.log(f"{relative(path)} is damaged: making it again")
+    save_rows(path, make())
+    return open_rows(path, verify=False)

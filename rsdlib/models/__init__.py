@@ -1,0 +1,32 @@
+"""Encoders, heads, U-Net, BLIP; an `nn.Module` with `features` and `image_size` joins as it is."""
+
+from rsdlib.models.blip import (
+    LENGTH,
+    REPEAT,
+    Captioner,
+    CaptionObjective,
+    caption_all,
+    open_captioner,
+)
+from rsdlib.models.encoders import Encoder, FrontedEncoder, Perceptron, clip_pair, create
+from rsdlib.models.heads import HEADS, JointObjective, PromptRegressor, joint_loss
+from rsdlib.models.sampling import (
+    open_pipeline,
+    pipeline_folder,
+    sample,
+    sample_rows,
+    sample_stored,
+    weights_of,
+)
+from rsdlib.models.unet import (
+    DROPPED,
+    Latents,
+    UNetEncoder,
+    into_unet,
+    swap_encoder,
+    switch_step,
+    text_states,
+    weight_change,
+    with_encoder,
+)
+from rsdlib.weights import MODELS, locate

@@ -1,0 +1,233 @@
+"""Image encoders with the preprocessing they were trained with: uint8 images in, features out."""
+
+import torch
+from torch import nn
+
+from rsdlib import runtime, weights
+from rsdlib.config import as_dict
+from rsdlib.errors import ConfigError, ModelNotFoundError, refusing
+
+_TIMM, _CLIP = "config.json", "open_clip_config.json"  # files that tell their folders
+
+
+class Encoder(nn.Module):
+    """A library's model that maps raw images to feature vectors.
+
+    Parameters
+    ----------
+    body : nn.Module
+        Maps normalised images (b, 3, s, s) to features (b, p).
+    features : int
+        p.
+    image_size : int
+        s, pixels a side.
+    mean, std : sequence of 3 floats
+        Of the pixels in [0, 1], as the weights expect them.
+    """
+
+    front = None
+
+    def __init__(self, body, features, image_size, mean, std):
+        super().__init__()
+        self.body, self.features, self.image_size = body, features, image_size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images):
+        """Map uint8 images (b, 3, s, s) to features (b, p)."""
+        return self.body((images.float() - self.mean) / self.std)
+
+
+class FrontedEncoder(nn.Module):
+    """An encoder that reads what its frozen `front` makes of images, computed once and stored.
+
+    The front lies beside the module: it is neither trained, saved nor moved with it.
+    """
+
+    def __init__(self, front):
+        super().__init__()
+        self._beside = (front,)  # torch takes up no module inside a tuple
+
+    @property
+    def front(self):
+        """The frozen module that maps uint8 images to what `forward` reads, or None."""
+        return self._beside[0]
+
+
+class Perceptron(FrontedEncoder):
+    """A multi-layer perceptron on frozen features, as in the authors' code.
+
+    Each layer is linear, batch norm, GELU, dropout.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Frozen here; the ``front``.
+    widths : sequence of int
+        Of the layers; the authors' are 8192, 8192.
+    dropout : float
+    """
+
+    def __init__(self, encoder, widths, dropout=0.5):
+        super().__init__(encoder.eval().requires_grad_(False))
+        layers, last = [], encoder.features
+        for width in widths:
+            linear = nn.Linear(last, width)
+            layers += [linear, nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(dropout)]
+            last = width
+        self.body = nn.Sequential(*layers)
+        self.features, self.image_size = last, encoder.image_size
+
+    def forward(self, features):
+        """Map stored features (b, p) to features (b, last width)."""
+        return self.body(features.float())
+
+
+def create(config, *, load=True):
+    """Build the encoder that a `config.BackboneConfig` describes.
+
+    Parameters
+    ----------
+    config : rsdlib.config.BackboneConfig
+        ``BackboneConfig("timm", name)`` opens any timm model at its own size.
+    load : bool
+        False leaves out the pretrained weights of what is trained, because a run's own are to
+        follow: they need not be here. A frozen front is part of no run and is opened all the same.
+
+    Returns
+    -------
+    nn.Module
+        With ``features`` p, ``image_size`` s and ``front``: without a front it maps uint8 images
+        (b, 3, s, s) to features (b, p), else what the front makes of them.
+
+    Raises
+    ------
+    ModelNotFoundError
+        There is no such model, or its weights are nowhere.
+    ConfigError
+        The library is unknown, or a part that is to be frozen does not exist.
+    """
+    if config.library not in _BUILDERS:
+        message = f"no image encoder comes from {config.library!r}"
+        raise ConfigError(message, f"Known: {', '.join(_BUILDERS)}.")
+    encoder = _BUILDERS[config.library](config, config.pretrained and load)
+    for part in config.frozen:
+        _freeze(encoder, part, config.model)
+    return encoder
+
+
+def _freeze(encoder, part, model):
+    inside = [w for name, w in encoder.named_parameters() if f"{name}.".startswith(f"{part}.")]
+    if not inside:
+        parts = ", ".join(name for name, _ in encoder.named_children())
+        raise ConfigError(f"{model} has no part {part!r} to freeze", f"Parts are {parts}.")
+    for weight in inside:
+        weight.requires_grad_(False)
+
+
+def _timm(config, pretrained):
+    timm = runtime.require("timm")
+    name, options = _name(config, _TIMM, pretrained), as_dict(config.options)
+    with _naming(config):
+        body = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    if config.gradient_checkpointing:
+        body.set_grad_checkpointing()
+    expects = timm.data.resolve_model_data_config(body)
+    size = config.image_size or expects["input_size"][-1]
+    return Encoder(body, body.head_hidden_size, size, expects["mean"], expects["std"])
+
+
+def _open_clip(config, pretrained):
+    """CLIP's image tower; with the option ``mlp`` frozen, below a perceptron of those widths."""
+    widths = config.options.get("mlp")
+    if not widths:
+        return _image_tower(_clip(config, pretrained), config)
+    front = _image_tower(_clip(config, config.pretrained), config)
+    return Perceptron(front, widths, config.options.get("dropout", 0.5))
+
+
+def _diffusers(config, pretrained):
+    """Build the encoder half of a Stable Diffusion's U-Net."""
+    from rsdlib.models import sampling, unet
+
+    options = {} if config.pretrained else as_dict(config.options)
+    folder = sampling.pipeline_folder(config.model)
+    encoder = unet.open_encoder(folder, pretrained, options, config.image_size)
+    if config.gradient_checkpointing:
+        encoder.unet.enable_gradient_checkpointing()
+    return encoder
+
+
+_BUILDERS = {"timm": _timm, "open_clip": _open_clip, "diffusers": _diffusers}
+
+
+def clip_pair(config, device="auto"):
+    """Open both towers of a CLIP.
+
+    Parameters
+    ----------
+    config : rsdlib.config.BackboneConfig
+        Of the library ``"open_clip"``.
+    device : str
+        Where both towers run.
+
+    Returns
+    -------
+    encoder : Encoder
+        Of images.
+    read : callable
+        ``read(texts, batch_size=256)`` gives unit embeddings (n, p), float32.
+    """
+    open_clip = runtime.require("open_clip", "open_clip_torch")
+    on = runtime.device(device)
+    clip = _clip(config, config.pretrained).eval().to(on)
+    tokenizer = open_clip.get_tokenizer(_name(config, _CLIP, config.pretrained))
+
+    def read(texts, batch_size=256):
+        embeddings = []
+        with torch.inference_mode():
+            for start in runtime.track(range(0, len(texts), batch_size), "reading prompts"):
+                tokens = tokenizer(list(texts[start : start + batch_size])).to(on)
+                embeddings.append(clip.encode_text(tokens, normalize=True).float().cpu())
+        return torch.cat(embeddings).numpy()
+
+    return _image_tower(clip, config).to(on), read
+
+
+def _clip(config, pretrained):
+    open_clip = runtime.require("open_clip", "open_clip_torch")
+    options = as_dict(config.options)
+    for ours in ("mlp", "dropout"):
+        options.pop(ours, None)
+    name = _name(config, _CLIP, pretrained)
+    with _naming(config):
+        return open_clip.create_model(name, load_weights=pretrained, **options)
+
+
+def _image_tower(clip, config):
+    import open_clip
+
+    colours, side = open_clip.get_model_preprocess_cfg(clip), clip.visual.image_size
+    if config.gradient_checkpointing:
+        clip.visual.set_grad_checkpointing()
+    size = config.image_size or (side[0] if isinstance(side, tuple) else side)
+    return Encoder(clip.visual, clip.visual.output_dim, size, colours["mean"], colours["std"])
+
+
+def _name(config, marker, pretrained):
+    """Return a model's name as timm and open_clip take it: their own, or that of a folder."""
+    folder = weights.find(config.model, marker, fetch=pretrained) or weights.override(config.model)
+    return f"local-dir:{folder}" if folder else config.model
+
+
+def _naming(config):
+    library = config.library
+    message = f"{library} cannot build {config.model!r} (pretrained={config.pretrained}): {{}}"
+    fix = f"Check the name with {library}.list_models(), or put the weights into $RSD_MODELS."
+    return no_model(message, fix)
+
+
+def no_model(message, fix):
+    """Turn what a library says of a model that it cannot open into our own error."""
+    causes = (RuntimeError, ValueError, OSError)
+    return refusing(causes, ModelNotFoundError, message, fix)

@@ -1,0 +1,179 @@
+"""Stable Diffusion as the maker of the data: open it, sample from it, sample a row again."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from rsdlib import files, runtime, weights
+from rsdlib.errors import BadTableError
+from rsdlib.models.encoders import no_model
+
+HOW = ("prompt", "seed", "step", "cfg")  # DiffusionDB's columns that say how an image was sampled
+
+
+def pipeline_folder(name):
+    """Return the folder of a pipeline in diffusers' format: a path, or a name in `weights`."""
+    return weights.find(name, "model_index.json") or weights.locate(name)
+
+
+def open_pipeline(name, device="auto", dtype=None):
+    """Open a `diffusers.StableDiffusionPipeline` without safety checker and progress bar.
+
+    Parameters
+    ----------
+    name : str or Path
+        A folder, or a name in `rsdlib.weights`.
+    device : str
+    dtype : torch.dtype, optional
+        What it computes in. The default is float32 on a CPU; on a GPU bfloat16, or float16 where
+        that is all it has.
+
+    Returns
+    -------
+    diffusers.StableDiffusionPipeline
+
+    Raises
+    ------
+    ModelNotFoundError
+        There is no such pipeline.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    folder, on = pipeline_folder(name), runtime.device(device)
+    how = {"safety_checker": None, "requires_safety_checker": False}
+    how["dtype"] = dtype or _precision(on)
+    fix = "It needs model_index.json and the parts it names, in diffusers' format."
+    with no_model(f"{files.relative(folder)} is no Stable Diffusion pipeline: {{}}", fix):
+        pipe = StableDiffusionPipeline.from_pretrained(folder, **how)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(on)
+
+
+def _precision(on):
+    if on.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if runtime.precision("auto", on) == "bf16" else torch.float16
+
+
+def sample(pipe, prompts, seeds, steps=20, guidance=5.0, **options):
+    """Sample one image for each prompt, each from noise of its own seed.
+
+    Parameters
+    ----------
+    pipe : diffusers.StableDiffusionPipeline
+    prompts : list of str (n)
+    seeds : sequence of int (n)
+    steps : int
+        Denoising steps.
+    guidance : float
+        Scale of the classifier-free guidance.
+    **options
+        Handed to the pipeline, such as ``height`` and ``width``.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, height, width, 3)
+    """
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    images = pipe(
+        list(prompts),
+        generator=generators,
+        latents=_noise(pipe, generators, options.get("height"), options.get("width")),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="np",
+        **options,
+    ).images
+    return (images * 255).round().astype(np.uint8)
+
+
+def _noise(pipe, generators, height, width):
+    """Draw in float32 on the CPU: a seed is the same noise on any device, at any precision."""
+    config, factor = pipe.unet.config, pipe.vae_scale_factor
+    if height and width:
+        sides = (height // factor, width // factor)
+    else:
+        sides = (config.sample_size, config.sample_size)
+    shape = (1, config.in_channels, *sides)
+    drawn = [torch.randn(shape, generator=generator) for generator in generators]
+    return torch.cat(drawn).to(pipe.unet.dtype)
+
+
+def sample_stored(pipe, weights, prompts, seeds, steps=20, guidance=5.0, batch_size=64):
+    """Sample in batches, each kept in ``data/cache/samples``: what was stopped goes on.
+
+    Parameters
+    ----------
+    pipe : diffusers.StableDiffusionPipeline
+    weights : str, list or dict
+        Says which weights `pipe` samples with, see `weights_of`.
+    prompts, seeds, steps, guidance
+        See `sample`.
+    batch_size : int
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, height, width, 3)
+    """
+    prompts, seeds = list(prompts), [int(seed) for seed in seeds]
+    how = {"steps": steps, "guidance": guidance}
+    batches = []
+    for start in runtime.track(range(0, len(prompts), batch_size), "sampling"):
+        part = slice(start, start + batch_size)
+        asked = (prompts[part], seeds[part])
+        key = files.digest([weights, *asked, how, pipe.unet.dtype])
+        path = files.cache_dir() / "samples" / f"{key}.npy"
+        batches.append(files.cached_rows(path, lambda asked=asked: sample(pipe, *asked, **how)))
+    return np.concatenate(batches)
+
+
+def weights_of(name):
+    """Return the checksums of a pipeline's weights, which say what made a picture.
+
+    Parameters
+    ----------
+    name : str or Path
+        As for `open_pipeline`.
+
+    Returns
+    -------
+    list of str
+    """
+    checksums = []
+    for path in sorted(pipeline_folder(name).rglob("*.safetensors")):
+        with path.open("rb") as stream:
+            checksums.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return checksums
+
+
+def sample_rows(pipe, pairs):
+    """Sample rows of a table again from the seed, steps and guidance that they state.
+
+    Parameters
+    ----------
+    pipe : diffusers.StableDiffusionPipeline
+        The one that made them; samplers are not told apart, the pipeline's own is used.
+    pairs : DataFrame
+        With DiffusionDB's columns prompt, seed, step and cfg.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, height, width, 3)
+
+    Raises
+    ------
+    BadTableError
+        A column is missing.
+    """
+    missing = ", ".join(name for name in HOW if name not in pairs)
+    if missing:
+        message = f"the table does not say how its images were sampled: no {missing}"
+        raise BadTableError(message, "Use DiffusionDB's columns.")
+    rows = pairs.reset_index(drop=True)
+    images = [None] * len(rows)
+    for (steps, guidance), group in rows.groupby(["step", "cfg"]):
+        made = sample(pipe, group["prompt"], group["seed"], int(steps), float(guidance))
+        for place, image in zip(group.index, made, strict=True):
+            images[place] = image
+    return np.stack(images)

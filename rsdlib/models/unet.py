@@ -1,0 +1,367 @@
+"""The encoder half of a diffusion model's own U-Net: a backbone, and put back into its pipeline.
+
+The paper's white-box backbone (supplementary, section 8) and its U-Net swap (sections 1 and 2).
+"""
+
+import copy
+from numbers import Integral
+
+import torch
+from torch import nn
+
+from rsdlib import files, runtime
+from rsdlib.errors import BadValueError, CheckpointError, ConfigError
+from rsdlib.models.encoders import FrontedEncoder, no_model
+
+DROPPED = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")  # the decoder half
+SLICE = 16 * 512 * 512  # pixels that the autoencoder reads at once: 16 images of 512 a side
+
+# --- the encoder ----------------------------------------------------------------------------------
+
+
+class UNetEncoder(FrontedEncoder):
+    """Reads clean latents with the down and mid blocks of a U-Net, at timestep 0, without noise.
+
+    Weights keep the names and shapes that they have in the whole U-Net, below ``unet.``, so that
+    they can go back into one.
+
+    Parameters
+    ----------
+    unet : diffusers.UNet2DConditionModel
+        Its decoder half is taken off: the module is used up.
+    context : Tensor (t, c)
+        What stands in for the prompt in cross-attention wherever a batch does not bring its own:
+        the text encoder's states of the empty prompt. Never the true prompt.
+    front : nn.Module, optional
+        Maps uint8 images to what `forward` reads; kept beside the module, not in it.
+    image_size : int
+        Pixels a side that `front` reads.
+
+    Attributes
+    ----------
+    features : int
+        Channels of the mid block.
+    """
+
+    def __init__(self, unet, context, front=None, image_size=None):
+        super().__init__(front)
+        _check_conditions(unet, context)
+        for name in DROPPED:
+            delattr(unet, name)
+        self.unet, self.image_size = unet, image_size
+        self.features = unet.config.block_out_channels[-1]
+        self.register_buffer("context", context)
+
+    def maps(self, latents, context=None):
+        """Return the mid block's output (b, p, h', w').
+
+        It is given latents (b, c, h, w) and, optionally, a text context (b, t, k).
+        """
+        if context is None:
+            context = self.context.expand(len(latents), -1, -1)
+        unet, context = self.unet, context.to(latents.dtype)
+        steps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+        time = unet.time_embedding(unet.time_proj(steps).to(latents.dtype))
+        sample = unet.conv_in(latents)
+        for block in unet.down_blocks:
+            sample, _ = block(hidden_states=sample, temb=time, **_text_for(block, context))
+        return unet.mid_block(sample, time, **_text_for(unet.mid_block, context))
+
+    def forward(self, latents, context=None):
+        """Map latents (b, c, h, w) to features (b, p): the mid block's mean over places."""
+        return self.maps(latents.float(), context).mean(dim=(2, 3))
+
+
+def _text_for(block, context):
+    reads = getattr(block, "has_cross_attention", False)
+    return {"encoder_hidden_states": context} if reads else {}
+
+
+def _check_conditions(unet, context):
+    """Refuse a U-Net that is told more than a prompt, or a prompt of another width."""
+    others = ("class_embedding", "add_embedding", "encoder_hid_proj")
+    extra = [name for name in others if getattr(unet, name, None) is not None]
+    if extra:
+        message = f"this U-Net is also conditioned by {', '.join(extra)}"
+        raise ConfigError(message, "Use one that reads a prompt alone.")
+    width, reads = context.shape[-1], unet.config.cross_attention_dim
+    if width != reads:
+        message = f"the text context has {width} numbers a token, the U-Net reads {reads}"
+        raise ConfigError(message, "Take text encoder and U-Net from the same pipeline.")
+
+
+class Latents(nn.Module):
+    """Frozen front of the U-Net encoder: an autoencoder's latents of images.
+
+    Parameters
+    ----------
+    vae : diffusers.AutoencoderKL
+    """
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(float(vae.config.scaling_factor)))
+        self.eval()
+
+    def forward(self, images):
+        """Map uint8 images (b, 3, s, s) to scaled latents (b, c, s / f, s / f).
+
+        They are the mean of their distribution. Large images are read in slices: the autoencoder's
+        first layers hold 128 numbers a pixel.
+        """
+        number = max(SLICE // (images.shape[2] * images.shape[3]), 1)
+        return torch.cat([self._encode(part) for part in images.split(number)])
+
+    def _encode(self, images):
+        pixels = (images.float() - 127.5) / 127.5
+        return self.vae.encode(pixels).latent_dist.mode() * self.scale
+
+
+def open_encoder(folder, pretrained=True, options=None, image_size=None):
+    """Build the U-Net encoder of a diffusers Stable Diffusion folder.
+
+    Parameters
+    ----------
+    folder : Path
+        With ``unet``, ``vae``, ``text_encoder`` and ``tokenizer``.
+    pretrained : bool
+        False draws random weights; what is frozen (autoencoder, text encoder) is opened all the
+        same.
+    options : dict, optional
+        Settings of the U-Net that differ from the folder's; with random weights only.
+    image_size : int, optional
+        Pixels a side; the default is what the model was trained with.
+
+    Returns
+    -------
+    UNetEncoder
+    """
+    diffusers = runtime.require("diffusers")
+    fix = "It needs unet, vae, text_encoder and tokenizer in diffusers' format."
+    with no_model(f"{files.relative(folder)} is no Stable Diffusion folder: {{}}", fix):
+        vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        if pretrained:
+            unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        else:
+            config = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
+            unet = diffusers.UNet2DConditionModel.from_config({**config, **(options or {})})
+        context = text_states(folder, [""])[0]
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    size = image_size or unet.config.sample_size * factor
+    return UNetEncoder(unet, context, Latents(vae), size)
+
+
+def text_states(folder, prompts):
+    """Return the text encoder's states of prompts, as the U-Net's cross-attention reads them.
+
+    Parameters
+    ----------
+    folder : Path
+        A Stable Diffusion in diffusers' format.
+    prompts : sequence of str (n)
+
+    Returns
+    -------
+    Tensor (n, t, c)
+    """
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float().eval()
+    how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    tokens = tokenizer(list(prompts), **how).input_ids
+    with torch.no_grad():
+        return encoder(tokens).last_hidden_state
+
+
+# --- back into the pipeline -----------------------------------------------------------------------
+
+
+def encoder_parts(unet):
+    """Return the names of the modules that make up a U-Net's encoder half."""
+    kept = [(name, part) for name, part in unet.named_children() if name not in DROPPED]
+    return [name for name, part in kept if any(True for _ in part.parameters())]
+
+
+def into_unet(encoder, unet, blend=1.0):
+    """Put an encoder's weights into a whole U-Net, in place; its decoder half stays as it is.
+
+    Parameters
+    ----------
+    encoder : UNetEncoder
+    unet : diffusers.UNet2DConditionModel
+    blend : float
+        1 takes the encoder's weights, 0 keeps the U-Net's own, in between mixes them linearly.
+
+    Raises
+    ------
+    CheckpointError
+        The encoder is of another architecture: the tensors that do not fit are named.
+    """
+    own, new = unet.state_dict(), encoder.unet.state_dict()
+    wrong = [n for n, value in new.items() if n not in own or own[n].shape != value.shape]
+    wrong += [name for name in own if name not in new and not name.startswith(DROPPED)]
+    if wrong:
+        some = ", ".join(wrong[:3])
+        message = f"the encoder does not fit this U-Net: {len(wrong)} tensors differ ({some}, …)"
+        raise CheckpointError(message, "Use the U-Net it came from.")
+    mixed = {name: torch.lerp(own[name].to(value), value, blend) for name, value in new.items()}
+    unet.load_state_dict({**own, **mixed})
+
+
+def with_encoder(unet, encoder, blend=1.0):
+    """Return a U-Net with an encoder's weights, its decoder half shared with `unet`.
+
+    Parameters
+    ----------
+    unet : diffusers.UNet2DConditionModel
+        Not changed.
+    encoder : UNetEncoder
+    blend : float
+        See `into_unet`.
+
+    Returns
+    -------
+    diffusers.UNet2DConditionModel
+    """
+    swapped = copy.copy(unet)
+    swapped._modules = dict(unet._modules)
+    for name in encoder_parts(unet):
+        swapped._modules[name] = copy.deepcopy(unet._modules[name])
+    into_unet(encoder, swapped, blend)
+    return swapped
+
+
+def weight_change(encoder, unet):
+    """Return how far an encoder has moved from a U-Net's own, |W' - W| / |W| (Frobenius).
+
+    Parameters
+    ----------
+    encoder : UNetEncoder
+    unet : diffusers.UNet2DConditionModel
+        At its own precision, to which the encoder's weights are rounded first.
+
+    Returns
+    -------
+    dict of str to float
+        By part of the encoder.
+    """
+    own, new = unet.state_dict(), encoder.unet.state_dict()
+    change = {}
+    for part in encoder_parts(unet):
+        moved = size = 0.0
+        for name in [name for name in new if name.startswith(f"{part}.")]:
+            before, after = own[name].float(), new[name].to(own[name]).float()
+            moved += float((after - before).square().sum())
+            size += float(before.square().sum())
+        change[part] = (moved / size) ** 0.5
+    return change
+
+
+def swap_encoder(pipe, encoder, start_step=1, blend=1.0):
+    """Return a pipeline that takes `encoder` in place of its U-Net's own from a denoising step on.
+
+    The first `start_step` steps run the pipeline's own U-Net; the paper's best images come from
+    ``start_step=1``. The pipeline handed in is not changed; everything but the encoder's weights is
+    shared with it.
+
+    Parameters
+    ----------
+    pipe : diffusers.StableDiffusionPipeline
+    encoder : UNetEncoder
+        Trained from this pipeline's U-Net.
+    start_step : int or float
+        Number of steps before the swap, or, for a float in [0, 1], their share of all steps: see
+        `switch_step`. 1.0 never swaps.
+    blend : float
+        Share of the encoder's weights in the swapped ones, 0 to 1.
+
+    Returns
+    -------
+    diffusers.StableDiffusionPipeline
+        Of the same class.
+
+    Raises
+    ------
+    CheckpointError
+        The encoder is of another architecture.
+    BadValueError
+        `start_step` or `blend` is out of range; a number of steps above the sampler's own is
+        refused when sampling begins.
+    """
+    if not 0 <= blend <= 1:
+        raise BadValueError(f"blend = {blend} is not between 0 and 1")
+    switch_step(start_step, pipe.scheduler.config.num_train_timesteps)  # as many as there may be
+    swapped = with_encoder(pipe.unet, encoder, blend)
+    checker = pipe.config.get("requires_safety_checker", False)
+    again = type(pipe)(**pipe.components, requires_safety_checker=checker)
+    again.unet = SwitchingUNet(pipe.unet, swapped, again.scheduler, start_step)
+    again.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return again
+
+
+def switch_step(start_step, steps):
+    """Return after how many of `steps` denoising steps the swap comes.
+
+    A whole number counts steps, a float is their share, so that 1 and 1.0 are opposites: 1 swaps
+    after the first step, 1.0 after the last, that is never. 0 and 0.0 both swap from the start.
+
+    Parameters
+    ----------
+    start_step : int or float
+        0 to `steps`, or 0.0 to 1.0.
+    steps : int
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    BadValueError
+        `start_step` is out of range.
+    """
+    is_number = isinstance(start_step, Integral)
+    if not start_step >= 0 or (not is_number and start_step > 1):
+        fix = "Use a whole number from 0 on, or a share between 0.0 and 1.0."
+        raise BadValueError(f"start_step = {start_step} is no step", fix)
+    if not is_number:
+        return round(start_step * steps)
+    if start_step > steps:
+        message = f"the swap is to come after step {start_step}, but there are {steps} steps"
+        raise BadValueError(message, "Swap earlier.")
+    return int(start_step)
+
+
+class SwitchingUNet(nn.Module):
+    """Answers as one U-Net before a denoising step and as another from there on.
+
+    A pipeline cannot tell it from either.
+
+    Parameters
+    ----------
+    first, then : diffusers.UNet2DConditionModel
+    scheduler : diffusers scheduler
+        Knows which timestep is which step.
+    start_step : int or float
+        See `switch_step`.
+    """
+
+    def __init__(self, first, then, scheduler, start_step):
+        super().__init__()
+        self.first, self.then = first, then
+        self.scheduler, self.start_step = scheduler, start_step
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("first"), name)
+
+    def forward(self, sample, timestep, *args, **options):
+        """Denoise with the U-Net whose turn it is."""
+        steps = self.scheduler.timesteps.unique()  # some samplers repeat a step
+        done = int((steps > torch.as_tensor(timestep, device=steps.device)).sum())
+        turned = done >= switch_step(self.start_step, len(steps))
+        return (self.then if turned else self.first)(sample, timestep, *args, **options)

@@ -1,0 +1,24 @@
+"""Training: the one loop with its run folders, and the order in which a model meets the pairs."""
+
+from rsdlib.training.curriculum import (
+    CBS,
+    LeRaC,
+    difficulty,
+    growing,
+    hardness_of,
+    levels,
+    regime,
+    run_difficulty,
+    stages,
+)
+from rsdlib.training.loop import Callback, Plan, Stage, State, fit
+from rsdlib.training.runs import (
+    ENVIRONMENT,
+    WEIGHTS,
+    Run,
+    is_finished,
+    load_run,
+    load_weights,
+    made_from,
+    save_weights,
+)

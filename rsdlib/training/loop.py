@@ -1,0 +1,479 @@
+"""The one training loop. It knows no model: an objective maps (model, batch) to a loss.
+
+Everything random is a function of (seed, step), so a checkpoint needs no generator states, and a
+resumed run takes the very steps that the uninterrupted one would have taken.
+"""
+
+import contextlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from rsdlib import files, runtime
+from rsdlib.config import as_dict
+from rsdlib.data import evaluating
+from rsdlib.errors import BadValueError, DeviceError, RsdError
+from rsdlib.training import runs
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some epochs over some of the training rows; a curriculum is a list of stages.
+
+    Attributes
+    ----------
+    rows : ndarray of int
+    epochs : int
+    """
+
+    rows: np.ndarray
+    epochs: int
+
+
+class Plan:
+    """Which rows every step reads and at which rate: functions of the step alone.
+
+    Parameters
+    ----------
+    stages : list of Stage
+    config : rsdlib.config.TrainConfig
+
+    Raises
+    ------
+    BadValueError
+        A stage has less than two rows: BatchNorm cannot train on a single sample.
+    """
+
+    def __init__(self, stages, config):
+        if not stages or min(len(stage.rows) for stage in stages) < 2:
+            message = "there is nothing to train on: a stage with less than two rows"
+            raise BadValueError(message, "Check the split and the filters.")
+        self.config = config
+        self.epochs = [stage.rows for stage in stages for _ in range(stage.epochs)]
+        # A last batch of one row joins the one before: BatchNorm cannot train on it alone.
+        steps = [math.ceil((len(rows) - 1) / config.batch_size) for rows in self.epochs]
+        self.starts = np.concatenate([[0], np.cumsum(steps)])  # of each epoch, then the total
+        self.total = int(self.starts[-1])
+
+    def epoch(self, step):
+        """Return the epoch that holds `step`."""
+        return int(np.searchsorted(self.starts, step, side="right")) - 1
+
+    def batches(self, step=0):
+        """Yield the rows of the global batch of `step` and of each step after it."""
+        while step < self.total:
+            epoch = self.epoch(step)
+            order = runtime.rng("order", self.config.seed, epoch).permutation(self.epochs[epoch])
+            for now in range(step, int(self.starts[epoch + 1])):
+                first = (now - int(self.starts[epoch])) * self.config.batch_size
+                is_last = now + 1 == self.starts[epoch + 1]
+                yield order[first : None if is_last else first + self.config.batch_size]
+            step = int(self.starts[epoch + 1])
+
+    def lr_factor(self, step):
+        """Return the rate of `step` as a share of its peak.
+
+        Linear warm-up, then one half cosine to ``lr_min`` over all stages.
+        """
+        config = self.config
+        warmup = int(config.warmup * self.total)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        low = min(config.lr_min / config.lr, 1.0) if config.lr else 1.0
+        progress = (step - warmup) / max(self.total - warmup, 1)
+        return low + (1 - low) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def _split(rows, count):
+    """Split rows evenly into at most `count` parts, none of a single row: BatchNorm again."""
+    return np.array_split(rows, max(min(count, len(rows) // 2), 1))
+
+
+class _Batches(torch.utils.data.Dataset):
+    """What a process reads for a global batch: its parts, and what they must know of the whole."""
+
+    def __init__(self, data, objective, config, rank, world):
+        self.data, self.objective, self.config = data, objective, config
+        self.rank, self.world = rank, world
+
+    def __getitem__(self, rows):
+        shares = _split(rows, self.world)
+        if self.rank < len(shares):
+            parts = _split(shares[self.rank], self.config.micro_batches)
+            weights = [len(part) / len(rows) for part in parts]
+        else:  # fewer rows than processes: this one joins in with no weight
+            parts, weights = [rows[:2]], [0.0]
+        batches = [self.data.batch(part) for part in parts]
+        return list(zip(batches, parts, weights, strict=True)), self.whole(rows)
+
+    def whole(self, rows):
+        """Return what the objective wants every part of a global batch to know of all its rows."""
+        about = getattr(self.objective, "whole", None)
+        return about(self.data.answers(rows)) if about else {}
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+class Callback:
+    """Watches or changes a run; every hook may be left out.
+
+    Methods
+    -------
+    begin(state), before_step(state), after_epoch(state, record), end(state)
+        `state` has ``step``, ``plan``, ``model`` (unwrapped) and ``optimizer``; `record` is the
+        epoch's line of ``metrics.jsonl``.
+    """
+
+    def begin(self, state):
+        """Run once, before a checkpoint is taken up."""
+
+    def before_step(self, state):
+        """Run before each step."""
+
+    def after_epoch(self, state, record):
+        """Run after each epoch's validation."""
+
+    def end(self, state):
+        """Run once, after the last step or what stopped the run before."""
+
+
+@dataclass
+class State:
+    """Where a run stands; its numbers go into the checkpoint as they are."""
+
+    plan: Plan
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    best_epoch: int = -1
+    best_score: float = -math.inf
+
+
+def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), recipe=None):
+    """Train `model`, resuming by itself, and return the run folder.
+
+    The folder holds ``config.json`` (before the first step), ``run.json``, ``metrics.jsonl``,
+    ``checkpoint.safetensors``, ``model.safetensors`` (the epoch with the best validation
+    similarity) and ``difficulty.parquet`` (each training sample's similarity in each epoch,
+    recorded in the training pass itself). A finished run is returned as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Ends with the weights of the best epoch.
+    data : rsdlib.data.PairStore or alike
+        Has ``batch(rows)``, ``answers(rows)``, ``train``, ``val`` and a length.
+    config : rsdlib.config.TrainConfig
+    folder : path-like
+    objective : callable
+        ``objective(model, batch) -> (loss, similarity (b,))``; the loss is a mean over the batch's
+        rows. With a method ``whole(answers) -> dict``, what that says of a *global* batch joins
+        each of its parts, so that other means than those over rows add up, too.
+    stages : list of Stage, optional
+        Default: one stage of ``config.epochs`` epochs over ``data.train``.
+    callbacks : sequence of Callback
+    recipe : dict, optional
+        What else made this run; stored in ``config.json`` and compared on resume.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds a run made from other settings, or of another version's layout.
+    RunBusyError
+        Another process trains in the same folder.
+
+    Notes
+    -----
+    Under ``torchrun --nproc-per-node k`` each process takes its share of every global batch. Losses
+    are those of one process, as they are for any number of micro-batches, for models whose samples
+    do not meet (no BatchNorm) and without dropout, whose masks depend on the shares. The caller's
+    random state is left as it was.
+    """
+    folder = Path(folder)
+    plan = Plan(stages or [Stage(np.asarray(data.train), config.epochs)], config)
+    order = files.digest([rows.tolist() for rows in plan.epochs])
+    settings = {"train": as_dict(config), "stages": order, "recipe": recipe or {}}
+    finished = runs.is_finished(folder)
+    with contextlib.nullcontext() if finished else runs.locked(folder):
+        runs.claim(folder, settings)
+        if not runs.is_finished(folder):
+            device = runtime.device(config.device)
+            cuda = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(devices=cuda):
+                _Loop(model, data, plan, folder, objective, callbacks).run()
+    runs.load_weights(model, folder / runs.WEIGHTS)
+    return folder
+
+
+class _Loop:
+    """One call of `fit`: accelerate's pieces, and what is gathered between two checkpoints."""
+
+    def __init__(self, model, data, plan, folder, objective, callbacks):
+        self.data, self.folder = data, folder
+        self.objective, self.callbacks = objective, callbacks
+        self.config = plan.config
+        self.accelerator = _accelerator(self.config)
+        self.device = self.accelerator.device
+        rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.reader = _Batches(data, objective, self.config, rank, self.world)
+        groups = _groups(model, self.config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
+        self.state = State(plan, model, optimizer)
+        self.records = []
+        self.history = np.full((len(plan.epochs), len(data)), np.nan, np.float32)
+        for callback in callbacks:
+            callback.begin(self.state)
+        self.model = self.accelerator.prepare_model(model.to(self.device))
+        self._resume()
+        # This epoch's similarities, which rows have one, and the loss since the last line: all on
+        # the device, so that no step waits for the host.
+        self.similarity = torch.zeros(len(data), device=self.device)
+        self.visited = torch.zeros(len(data), device=self.device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._take_up_epoch(rank)
+
+    def _take_up_epoch(self, rank):
+        """Put the similarities of a half-finished epoch back to where they are gathered."""
+        state = self.state
+        if rank or state.step == state.plan.total:
+            return
+        stored = self.history[state.plan.epoch(state.step)]
+        known = np.flatnonzero(np.isfinite(stored))
+        self.similarity[known] = torch.from_numpy(stored[known]).to(self.device)
+        self.visited[known] = 1
+
+    def run(self):
+        self.started, self.first_step = time.monotonic(), self.state.step
+        self.logged_step = self.state.step
+        self.model.train()
+        try:
+            self._steps()
+        finally:
+            for callback in self.callbacks:
+                callback.end(self.state)
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # as it came
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._write_difficulty()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+
+    def _steps(self):
+        state, plan = self.state, self.state.plan
+        for parts, whole in self._loader():
+            self._step(parts, whole)
+            state.step += 1
+            epoch = plan.epoch(state.step - 1)
+            if state.step == plan.starts[epoch + 1]:
+                self._end_epoch(epoch)
+            elif state.step % self.config.save_every == 0:
+                self._log(epoch)
+                self.history[epoch] = self._similarities()
+                self._save(epoch)
+            elif state.step % self.config.log_every == 0:
+                self._log(epoch)
+
+    def _loader(self):
+        on_gpu = self.device.type == "cuda"
+        workers = self.config.workers
+        if workers is None:
+            workers = 2 if on_gpu else 0
+        return torch.utils.data.DataLoader(
+            self.reader,
+            sampler=self.state.plan.batches(self.state.step),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            generator=torch.Generator(),  # the loader draws from it, not from the caller's
+        )
+
+    def _step(self, parts, whole):
+        state, config = self.state, self.config
+        for callback in self.callbacks:
+            callback.before_step(state)
+        factor = state.plan.lr_factor(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = config.lr * factor * group.get("lr_scale", 1.0)
+        rank = self.accelerator.process_index
+        torch.manual_seed(runtime.torch_seed("step", config.seed, state.step, rank))
+        for number, (batch, rows, share) in enumerate(parts, 1):
+            is_last = number == len(parts)
+            synced = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
+            with synced:
+                loss, similarity = self._backward(batch, whole, share)
+            if share:
+                where = torch.as_tensor(rows, device=self.device)
+                self.loss += loss.detach().double() * share
+                self.similarity[where] = similarity.detach().float()
+                self.visited[where] = 1
+        if config.clip is not None:
+            trained = [p for p in state.model.parameters() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(trained, config.clip)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    def _backward(self, batch, whole, share):
+        """Add the gradients of one part of a global batch; return its loss and similarities."""
+        size = len(next(iter(batch.values())))
+        batch = self._to_device(batch) | whole
+        try:
+            with self.accelerator.autocast(), _attention(self.device):
+                loss, similarity = self.objective(self.model, batch)
+            # Processes average their gradients: times their number, shares add up to the mean.
+            self.accelerator.backward(loss * (share * self.world))
+        except torch.OutOfMemoryError as error:
+            message = f"{self.device} has too little memory for {size} pairs at once"
+            again = f"Run it again with micro_batches={2 * self.config.micro_batches}"
+            raise DeviceError(message, f"{again}: it goes on from the last checkpoint.") from error
+        return loss, similarity
+
+    def _to_device(self, batch):
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def _similarities(self):
+        """Return this epoch's similarities so far over all processes, NaN where there is none."""
+        similarity, visited = self.accelerator.reduce([self.similarity, self.visited], "sum")
+        return np.where(visited.cpu() > 0, similarity.cpu(), np.nan).astype(np.float32)
+
+    def _log(self, epoch, **more):
+        """Add a line to the metrics: the mean loss since the last one."""
+        step = self.state.step
+        loss = float(self.accelerator.reduce(self.loss, "sum")) / max(step - self.logged_step, 1)
+        if not math.isfinite(loss):
+            message = f"the loss is not finite between steps {self.logged_step} and {step}"
+            fix = "Lower lr, or use precision='fp32'; the last checkpoint is intact."
+            raise RsdError(message, fix)
+        self.loss.zero_()
+        rate = (step - self.first_step) / (time.monotonic() - self.started)
+        lr = self.config.lr * self.state.plan.lr_factor(step - 1)
+        record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr}
+        self.records.append({**record, "steps_per_second": round(rate, 3), **more})
+        self.logged_step = step
+        if self.accelerator.is_main_process:
+            lines = "".join(json.dumps(record) + "\n" for record in self.records)
+            files.write_text(self.folder / runs.METRICS, lines)
+
+    def _end_epoch(self, epoch):
+        state = self.state
+        self.history[epoch] = self._similarities()
+        self.similarity.zero_()
+        self.visited.zero_()
+        train = float(np.nanmean(self.history[epoch]))
+        val, val_loss = self._validate()
+        self._log(epoch, train_similarity=train, val_similarity=val, val_loss=val_loss)
+        is_best = val > state.best_score
+        if is_best:
+            state.best_epoch, state.best_score = epoch, val
+            if self.accelerator.is_main_process:
+                meta = {"epoch": epoch, "val_similarity": val}
+                runs.save_weights(state.model, self.folder / runs.WEIGHTS, meta)
+        rate = self.records[-1]["steps_per_second"]
+        left = (state.plan.total - state.step) / rate if rate else 0
+        runtime.log(
+            f"epoch {epoch + 1}/{len(state.plan.epochs)}: cosine train {train:.4f}, "
+            f"val {val:.4f}{' (best)' if is_best else ''}, about {left:.0f} s left"
+        )
+        for callback in self.callbacks:
+            callback.after_epoch(state, self.records[-1])
+        self._save(epoch)
+
+    def _validate(self):
+        """Return mean similarity and loss over the validation rows, each row once."""
+        rows = np.asarray(self.data.val)
+        if not len(rows):
+            message = "there are no validation rows, so no best epoch"
+            raise BadValueError(message, "Raise val_fraction or add data.")
+        mine = np.array_split(rows, self.world)[self.accelerator.process_index]
+        whole = self.reader.whole(rows)
+        size = max(self.config.batch_size // self.config.micro_batches, 1)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with evaluating(self.state.model), self.accelerator.autocast():
+            for start in range(0, len(mine), size):
+                part = mine[start : start + size]
+                batch = self._to_device(self.data.batch(part)) | whole
+                loss, similarity = self.objective(self.state.model, batch)
+                sums += torch.stack([similarity.double().sum(), loss.double() * len(part)])
+        similarity, loss = (self.accelerator.reduce(sums, "sum") / len(rows)).tolist()
+        return similarity, loss
+
+    def _save(self, epoch):
+        if not self.accelerator.is_main_process:
+            return
+        state = self.state
+        meta = {name: getattr(state, name) for name in ("step", "best_epoch", "best_score")}
+        meta["records"] = self.records
+        path, history = self.folder / runs.CHECKPOINT, self.history[: epoch + 1]
+        runs.save_checkpoint(path, state.model, state.optimizer, history, meta)
+
+    def _resume(self):
+        """Take up the checkpoint if there is one, and say what changed since it began."""
+        state, path = self.state, self.folder / runs.CHECKPOINT
+        precision = self.accelerator.mixed_precision.replace("no", "fp32")
+        now = {**runtime.environment(), "device": str(self.device), "precision": precision}
+        if not path.exists():
+            if self.accelerator.is_main_process:
+                files.write_json(self.folder / runs.ENVIRONMENT, now)
+            return
+        history, meta = runs.load_checkpoint(path, state.model, state.optimizer)
+        self.history[: len(history)] = history
+        self.records = meta.pop("records")
+        for name, value in meta.items():
+            setattr(state, name, value)
+        before = files.read_json(self.folder / runs.ENVIRONMENT)
+        watched = ("threads", "versions", "cpu_capability", "gpu", "device", "precision")
+        changed = ", ".join(name for name in watched if before.get(name) != now[name])
+        where = (
+            f"{files.relative(self.folder)}: resuming at step {state.step} of {state.plan.total}"
+        )
+        note = f"; {changed} changed since it began, so its last digits may differ"
+        runtime.log(where + (note if changed else ""))
+
+    def _write_difficulty(self):
+        """Write each training sample's similarity in each epoch, in row order."""
+        rows = np.unique(np.concatenate(self.state.plan.epochs))
+        columns = {f"epoch_{e}": values[rows] for e, values in enumerate(self.history, 1)}
+        table = pd.DataFrame({"row": rows, **columns})
+        files.write_parquet(self.folder / runs.DIFFICULTY, table)
+
+
+def _accelerator(config):
+    """Return accelerate's view of this machine, fresh: a process may train several times."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    device = runtime.device(config.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    chosen = runtime.precision(config.precision, device)
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    precision = "no" if chosen == "fp32" else chosen
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+
+
+def _attention(device):
+    """Choose the attention to train with: on a CPU the fused one's backward pass is slow."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def _groups(model, weight_decay):
+    """Put matrices under weight decay and leave biases, norms and other vectors out of it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,230 @@
+"""Run folders: who may write to one, what it was made from, its weights, its checkpoint."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pandas as pd
+import torch
+
+from rsdlib import files, runtime
+from rsdlib.config import FREE, TrainConfig
+from rsdlib.errors import CacheError, CheckpointError, RunBusyError
+
+LAYOUT = 2  # of a run folder; another one is refused by name
+CONFIG, ENVIRONMENT = "config.json", "run.json"
+METRICS, WEIGHTS = "metrics.jsonl", "model.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+DIFFICULTY = "difficulty.parquet"  # the last file of a run: one that has it is finished
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder, opened.
+
+    Attributes
+    ----------
+    folder : Path
+    config : rsdlib.config.TrainConfig
+    recipe : dict
+        What else made the run.
+    metrics : DataFrame
+        One row a line of ``metrics.jsonl``.
+    difficulty : DataFrame
+        row, epoch_1, epoch_2, ...: the similarity of each training pair in each epoch.
+    """
+
+    folder: Path
+    config: TrainConfig
+    recipe: dict
+    metrics: pd.DataFrame
+    difficulty: pd.DataFrame
+
+
+def is_finished(folder):
+    """Tell whether `folder` holds a finished run."""
+    return (Path(folder) / DIFFICULTY).is_file()
+
+
+def made_from(folder):
+    """Return what ``config.json`` of a run folder says, of today's layout."""
+    stored = files.read_json(Path(folder) / CONFIG)
+    if stored.get("layout") != LAYOUT:
+        where = files.relative(folder)
+        message = f"{where} has layout {stored.get('layout', 1)} of a run folder, not {LAYOUT}"
+        raise CheckpointError(message, "It is from another version: train again, or delete it.")
+    return stored
+
+
+def load_run(folder):
+    """Open a finished run folder.
+
+    Parameters
+    ----------
+    folder : path-like
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    CacheError
+        The folder is no finished run, or a file of it is damaged.
+    CheckpointError
+        The folder has the layout of another version.
+    """
+    folder = Path(folder)
+    if not is_finished(folder):
+        message = f"{files.relative(folder)} holds no finished run"
+        raise CacheError(message, "Train first: rsd run 01_train_vit.")
+    stored = made_from(folder)
+    return Run(
+        folder,
+        TrainConfig(**stored["train"]),
+        stored["recipe"],
+        pd.read_json(folder / METRICS, lines=True),
+        pd.read_parquet(folder / DIFFICULTY),
+    )
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a run folder for this process; a killed holder's lock is gone with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not runtime.is_main_process():
+        yield
+        return
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock)
+        except filelock.Timeout as error:
+            message = f"another process is training in {files.relative(folder)}"
+            raise RunBusyError(message, "Wait for it, or use another folder.") from error
+        files.remove_leftovers(folder)
+        yield
+
+
+def claim(folder, settings):
+    """Write ``config.json``, or compare it: other settings would make it another run."""
+    path = folder / CONFIG
+    settings = json.loads(json.dumps({"layout": LAYOUT, **settings}))
+    if not path.exists():
+        if runtime.is_main_process():
+            files.write_json(path, settings)
+        return
+    free = {f"train.{name}" for name in FREE}
+    differing = sorted(set(_differences(made_from(folder), settings)) - free)
+    if differing:
+        message = f"{files.relative(folder)} holds another run; different: {', '.join(differing)}"
+        raise CheckpointError(message, "Use another folder, or delete this one.")
+
+
+def _differences(a, b, prefix=""):
+    """Return the dotted names under which two nested dicts differ."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [prefix.rstrip(".")]
+    names = []
+    for key in a.keys() | b.keys():
+        names += _differences(a.get(key), b.get(key), f"{prefix}{key}.")
+    return names
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def save_weights(model, path, meta=None):
+    """Write a model's weights and a checksum, whole or not at all.
+
+    Parameters
+    ----------
+    model : nn.Module
+    path : path-like
+    meta : dict, optional
+        Comes back from `load_weights`.
+    """
+    files.save_arrays(path, to_numpy(model.state_dict()), meta)
+
+
+def load_weights(model, path):
+    """Load what `save_weights` wrote; every tensor must be there and fit.
+
+    Parameters
+    ----------
+    model : nn.Module
+    path : path-like
+
+    Returns
+    -------
+    dict
+        The `meta` it was saved with.
+
+    Raises
+    ------
+    CheckpointError
+        Tensors are missing, unexpected or of another shape: they are named.
+    CacheError
+        The file is absent or damaged.
+    """
+    arrays, meta = files.load_arrays(path)
+    load_arrays_into(model, arrays, path)
+    return meta
+
+
+def load_arrays_into(model, arrays, path):
+    """Load named arrays into a model, or say which do not fit it."""
+    try:
+        model.load_state_dict(to_torch(arrays))
+    except RuntimeError as error:  # torch names every tensor, a line each
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+        message = f"{files.relative(path)} does not fit this model: {reason}"
+        raise CheckpointError(message, "Load it into the model it was made from.") from error
+
+
+def to_numpy(tensors):
+    """Return named tensors as arrays."""
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+
+
+def to_torch(arrays):
+    """Return named arrays as tensors of their own memory."""
+    return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, model, optimizer, history, meta):
+    """Write everything a run needs to go on, as one file: it is whole or not there."""
+    arrays = {f"model.{name}": value for name, value in to_numpy(model.state_dict()).items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in to_numpy(values).items():
+            arrays[f"optimizer.{number}.{name}"] = value
+    arrays["history"] = history
+    files.save_arrays(path, arrays, meta)
+
+
+def load_checkpoint(path, model, optimizer):
+    """Load a checkpoint into a model and its optimizer; return its history and its meta."""
+    arrays, meta = files.load_arrays(path)
+    weights, moments = {}, {}
+    for name, value in arrays.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            weights[rest] = value
+        elif kind == "optimizer":
+            number, _, moment = rest.partition(".")
+            moments.setdefault(int(number), {})[moment] = value
+    load_arrays_into(model, weights, path)
+    state = {number: to_torch(values) for number, values in moments.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return arrays["history"], meta
