@@ -26,7 +26,7 @@ $(READY): pyproject.toml
 
 # --- notebooks side by side: each waits for those whose runs it reads ------------------------------
 
-CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+CORES ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 JOBS ?= $(shell if command -v nvidia-smi >/dev/null || [ $(CORES) = 1 ]; then echo 1; else echo 2; fi)
 # A notebook that runs beside another takes its share of the cores.
 SHARE = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $(CORES) / $(JOBS) ))}
@@ -41,7 +41,7 @@ run-07: run-04
 run-08: run-03
 run-09: run-00 run-01 run-02 run-03 run-04 run-05 run-06 run-07 run-08
 $(RUNS): run-%:
-	@$(SHARE) $(BIN)/rsd run $* -p profile $(PROFILE) $(ARGUMENTS_$*) | sed -u 's/^/$* | /'; exit $${PIPESTATUS[0]}
+	@$(SHARE) $(BIN)/rsd run $* -p profile $(PROFILE) $(ARGUMENTS_$*) 2>&1 | sed -u 's/^/$* | /'; exit $${PIPESTATUS[0]}
 $(RUNS): SHELL := /bin/bash
 notebooks: $(RUNS)
 
@@ -63,7 +63,7 @@ PUBLISH_07 := -p count 500 -p seeds 2
 # --- the rest -------------------------------------------------------------------------------------
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout=1800

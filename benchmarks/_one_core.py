@@ -1,11 +1,14 @@
-"""What the benchmarks share. Import it before numpy: it pins this process to one core where the system allows it."""
+"""What the benchmarks share. Import it before numpy: it pins this process to one core."""
 
 import contextlib
 import os
 import threading
 import time
 
-os.environ.update({f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "RAYON")}, TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "RAYON")},
+    TOKENIZERS_PARALLELISM="false",
+)
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 

@@ -263,12 +263,12 @@ def predict(
         device: auto, cpu or cuda.
         on_bad: files that are no readable image: stop, or leave them out and say so.
     """
-    from rsdlib.predict import Predictor, best_run
-
     if not images:
         raise ConfigError("no image was given", "For example: rsd predict picture.png")
+    paths = [path for image in images for path in _image_files(Path(image))]
+    from rsdlib.predict import Predictor, best_run  # slow: what can be refused was refused
+
     with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to the standard output
-        paths = [path for image in images for path in _image_files(Path(image))]
         name = config.profile(profile).name
         folder = run or best_run(name)
         captioner = best_run(name, captions=True) if captions else None

@@ -770,6 +770,6 @@ def results_folder(profile):
     if complete:
         return max(complete, key=lambda folder: folder.stat().st_mtime)
     if profile.published:
-        return files.resolve_path(profile.published)
+        return files.root() / profile.published
     message = f"profile {profile.name!r} has no results yet below runs/{profile.name}"
     raise CacheError(message, f"Run: rsd reproduce --profile {profile.name}")

@@ -121,23 +121,21 @@ class Predictor:
         m = len(self.words)
         embeddings = [np.empty((0, self.model.embedding_head.out_features), np.float32)]
         probabilities = [np.empty((0, m), np.float32)]
-        captions = []
+        captions = None if self.captioner is None else []
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
             chunk = [_opened(image) for image in images[start : start + batch_size]]
             embedding, logits = self._read(chunk)
             embeddings.append(embedding.cpu().numpy())
             if m:
                 probabilities.append(logits.float().sigmoid().cpu().numpy())
-            if self.captioner is not None:
+            if captions is not None:
                 captions += self._caption(chunk)
         embeddings = np.concatenate(embeddings)
         words = [_top(row, self.words, n_words) for row in np.concatenate(probabilities)]
         prompts = self._nearest(embeddings, n_prompts)
         if not m:
             words = [[] for _ in images]
-        return Prediction(
-            embeddings, words, prompts, captions if self.captioner is not None else None
-        )
+        return Prediction(embeddings, words, prompts, captions)
 
     def _read(self, images):
         """Return embeddings (b, d) and vocabulary logits (b, m) of PIL images."""

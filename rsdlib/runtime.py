@@ -113,15 +113,14 @@ def track(iterable, description, total=None, every=5.0):
             log(f"{description}: {count}{left}")
 
 
-def require(module, package=None, extra=None):
+def require(module, package=None):
     """Import an optional module, or say in one line how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = package or module.split(".")[0].replace("_", "-")
-        fix = f"pip install 'rsdlib[{extra}]'" if extra else f"pip install {package}"
         message = f"the package {package} is not installed"
-        raise MissingPackageError(message, f"Install it with: {fix}") from error
+        raise MissingPackageError(message, f"Install it with: pip install {package}") from error
 
 
 _PACKAGES = "torch torchvision timm accelerate transformers numpy pandas scikit-learn pillow"

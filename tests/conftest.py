@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
-    """Return a project folder with the repository's notebooks and mini data, but its own caches, runs and figures."""
+    """Return a project folder with the repository's notebooks and data, its own caches and runs."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "data").mkdir()
     for name in ("pyproject.toml", "notebooks", "data/mini"):
@@ -29,3 +29,11 @@ def own_root(request, tmp_path, monkeypatch):
     """Keep every other test's caches and runs in its own temporary folder."""
     if "project" not in request.fixturenames:
         monkeypatch.setenv("RSD_ROOT", str(tmp_path))
+
+
+LONGEST = ("test_notebooks", "test_training")  # files that are tested side by side begin with these
+
+
+def pytest_collection_modifyitems(items):
+    """Let the longest files begin first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)

@@ -235,6 +235,30 @@ def test_bound_of_the_norm_holds_and_is_not_idle(dense):
         assert true < bound < 10 * true
 
 
+@pytest.mark.parametrize("alpha", [1e-4, 0.1, 100])
+def test_first_certificate_holds_for_any_error(alpha):
+    """Step 6: for what moves the prediction most through E, through theta, and directly."""
+    dense = Dense(gamma=1.0, alpha=alpha)
+    r, O_theta = dense.r, dense.O @ dense.ridge.theta
+    generator = np.random.default_rng(0)
+    through_E, through_theta, direct = (np.zeros_like(dense.K) for _ in range(3))
+    through_E[:r] = top(dense.E)[0] @ dense.O[:, :1].T
+    through_theta[:r] = generator.normal(size=(r, 1)) @ top(O_theta)[0].T
+    direct[r:] = generator.normal(size=(len(dense.K) - r, 1)) @ top(O_theta)[0].T
+    errors = [through_E, through_theta, direct, generator.normal(size=dense.K.shape)]
+    true = [np.linalg.norm(dense.first_order(R)) / np.linalg.norm(R) for R in errors]
+    gains = [affine._gain(*norms) for norms in affine._norms(dense.ridge, dense.Y, alpha)]
+    assert (np.diff(gains) <= 1e-9 * gains[0]).all()
+    assert max(true) <= gains[-1] < 100 * max(true)
+    np.testing.assert_allclose(true[2], np.linalg.norm(dense.ridge.theta, 2))
+
+
+def top(matrix):
+    """Return the first left and right singular vectors as columns."""
+    left, _, right = np.linalg.svd(matrix)
+    return left[:, :1], right[:1].T
+
+
 def test_probe_is_the_first_order_error_of_the_parabola(dense, monkeypatch):
     """Step 7: three random columns, computed without any n x n matrix, and as many as one likes."""
     p = dense.curve - dense.line

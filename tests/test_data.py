@@ -531,12 +531,14 @@ def test_store_equals_a_fresh_decode(source, format):
         assert batch.dtype == np.uint8
         assert batch.flags.writeable
         assert (batch == expected[indices]).all()
-        assert all((store[i] == image).all() for i, image in zip(indices, batch, strict=True))
+        assert all(
+            (store.batch([i])[0] == image).all() for i, image in zip(indices, batch, strict=True)
+        )
     for indices in (store.ok, [0.5], [[0]], 3):
         with pytest.raises(BadValueError):
             store.batch(indices)
     with pytest.raises(IndexError):
-        store[15]
+        store.batch([15])
 
 
 def test_warm_store_decodes_nothing(source, decodes):

@@ -1,5 +1,7 @@
 """The ensemble: identities of the mean, choices that read validation alone, exact neighbours."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -133,6 +135,14 @@ def test_weights_lie_on_the_simplex_and_are_never_worse(models, target):
         other = ensemble.mean(models, dict(zip(models, values, strict=True)))
         assert fitted >= score(other, target) - 1e-6
     assert ensemble.fit_weights(models, target) == weights
+
+
+def test_weights_are_not_worse_where_the_optimiser_fails(models, target, monkeypatch):
+    lost = np.array([0, 1, 0, 0])
+    monkeypatch.setattr(sys.modules["rsdlib.ensemble.mean"], "_descend", lambda loss, start: lost)
+    fitted = score(ensemble.mean(models, ensemble.fit_weights(models, target)), target)
+    assert fitted >= score(ensemble.mean(models), target) - 1e-7
+    assert fitted >= max(score(rows, target) for rows in models.values()) - 1e-7
 
 
 def test_weights_recover_the_better_model(models, target):

@@ -1,7 +1,6 @@
 """The shared steps on a small folder of pairs, and the figures that are drawn from them."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pandas as pd
@@ -9,8 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from rsdlib import analysis, config, data, experiment, files, predict
-from rsdlib.errors import BadImageError, BadTableError, CacheError
+from rsdlib import analysis, config, data, experiment, files, predict, training
+from rsdlib.errors import (
+    BadImageError,
+    BadTableError,
+    CacheError,
+    CheckpointError,
+    ConfigError,
+)
 
 COLOURS = {
     "red": (200, 30, 30),
@@ -141,7 +146,7 @@ def test_other_starting_weights_are_another_run(source, tmp_path):
         "num_classes": 0,
         "pretrained_cfg": {"input_size": [3, 64, 64]},
     }
-    files.write_json(tmp_path / "config.json", {**facts, "model_args": options})
+    files.write_json(tmp_path / "config.json", {**facts, "model_args": dict(options)})
     own = dataclasses.replace(
         profile, backbones={"own": config.BackboneConfig("timm", str(tmp_path), image_size=64)}
     )
@@ -257,8 +262,7 @@ def test_a_run_is_trained_scored_and_read_back(source):
     assert gain == pytest.approx(
         scores.cosine("vit").mean() - scores.cosine(experiment.MEAN).mean()
     )
-    experiment.write_results(folder, prepared, table[-1])
-    assert json.loads((folder / "results.json").read_text())["cosine"]["n"] == len(scores.rows)
+    assert table[-1]["cosine"]["n"] == len(scores.rows)
     assert analysis.as_table(table).shape[1] == 4
 
     ax = analysis.plot_scores(table, reference={"vit": 0.5})
@@ -291,3 +295,128 @@ def test_predictor_without_its_data_still_reads_images(source, tmp_path, capsys)
     (moved / "difficulty.parquet").unlink()
     with pytest.raises(CacheError, match="no finished run"):
         predict.Predictor.load(moved)
+
+
+# --- a newcomer's paths ---------------------------------------------------------------------------
+
+
+def squared(model, batch):
+    """Return the squared distance and the similarities: a loss of one's own."""
+    embedding, _ = model(batch["input"])
+    loss = (embedding - batch["target"]).square().sum(dim=1).mean()
+    return loss, torch.nn.functional.cosine_similarity(embedding, batch["target"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """The same with a factor: an objective with a field."""
+
+    factor: float = 1.0
+
+    def __call__(self, model, batch):
+        loss, similarity = squared(model, batch)
+        return self.factor * loss, similarity
+
+
+class Mean(torch.nn.Module):
+    """An encoder of one's own: the mean colour."""
+
+    features, image_size = 3, 16
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, images):
+        return images.float().mean(dim=(2, 3)) / 255 * self.scale
+
+
+def test_an_objective_of_ones_own_is_what_is_minimised_and_part_of_the_key(source):
+    profile = settings(source)
+    prepared = experiment.prepare(profile.data)
+    how = {"weight": 0.0, "epochs": 1}
+    trial = experiment.plan(profile, "vit", prepared, objective=squared, **how)
+    loss, _ = trial.objective(trial.model, trial.pairs.batch(trial.pairs.train[:8]))
+    assert float(loss.detach()) == pytest.approx(
+        float(squared(trial.model, trial.pairs.batch(trial.pairs.train[:8]))[0].detach())
+    )
+    objectives = (None, squared, Scaled(1.0), Scaled(2.0))
+    plans = [experiment.plan(profile, "vit", prepared, objective=o, **how) for o in objectives]
+    assert len({plan.folder for plan in plans}) == 4
+    assert experiment.plan(profile, "vit", prepared, objective=Scaled(2.0), **how).folder == (
+        plans[-1].folder
+    )
+    with pytest.raises(ConfigError, match="source of"):
+        experiment.plan(profile, "vit", prepared, objective=len, **how)
+
+
+def test_stages_of_ones_own_are_what_is_read(source):
+    profile = settings(source)
+    prepared = experiment.prepare(profile.data)
+
+    def hard_first(rows, hardness, epochs):
+        order = rows[np.argsort(-hardness)]
+        return [training.Stage(order[: len(order) // 2], 1), training.Stage(order, epochs)]
+
+    run = experiment.train(profile, "vit", prepared, weight=0.0, epochs=1, stages=hard_first)
+    vanilla = experiment.train(profile, "vit", prepared, weight=0.0, epochs=1)
+    rows, hardness = training.run_difficulty(training.load_run(vanilla).difficulty)
+    table = training.load_run(run).difficulty.set_index("row")
+    first = set(table.index[table["epoch_1"].notna()])
+    assert first == set(rows[np.argsort(-hardness)][: len(rows) // 2])
+    assert table["epoch_2"].notna().all()
+    half = [training.Stage(rows[: len(rows) // 2], 1)]
+    listed = experiment.train(profile, "vit", prepared, weight=0.0, epochs=1, stages=half)
+    assert len({run, vanilla, listed}) == 3
+
+
+def test_an_encoder_of_ones_own_is_trained_scored_and_asked_for_again(source):
+    profile = settings(source)
+    prepared = experiment.prepare(profile.data)
+    mine = Mean()
+    before = {name: value.clone() for name, value in mine.state_dict().items()}
+    how = {"weight": 0.0, "epochs": 1, "lr": 0.1, "encoder": mine}
+    run = experiment.train(profile, "mine", prepared, **how)
+    assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
+    assert experiment.train(profile, "mine", prepared, **how) == run
+    store = prepared.images(16)
+    _, table = experiment.compare({"mine": run}, prepared, store, device="cpu", encoder=mine)
+    assert table[-1]["method"] == "mine"
+    with pytest.raises(CheckpointError, match="Hand it in again"):
+        experiment.load_model(run)
+
+
+def test_every_training_in_one_line_is_the_trial_that_was_laid_open(source):
+    profile = settings(source)
+    prepared = experiment.prepare(profile.data)
+    trial = experiment.plan(profile, "vit", prepared, weight=0.0, epochs=1)
+    assert not trial.folder.exists()
+    runs = experiment.three_ways(profile, "vit", prepared, epochs=1)
+    assert list(runs) == ["vit", "vit + MLC", "vit + MLC + CL"]
+    assert runs["vit"] == trial.folder
+
+
+def test_a_run_of_an_older_layout_is_refused_by_name_and_never_the_best(source, capsys):
+    profile = settings(source)
+    prepared = experiment.prepare(profile.data)
+    run = experiment.train(profile, "vit", prepared, epochs=1)
+    stored = files.read_json(run / "config.json")
+    del stored["layout"]
+    files.write_json(run / "config.json", stored)
+    with pytest.raises(CheckpointError, match=f"{run.name} has layout 1"):
+        experiment.load_model(run)
+    with pytest.raises(CacheError, match="nothing is trained yet"):
+        predict.best_run("smoke")
+    assert f"{run.name} has layout 1" in capsys.readouterr().out
+
+
+def test_results_are_the_newest_complete_ones_or_those_that_ship():
+    mini, smoke = config.profile("mini"), config.profile("smoke")
+    assert experiment.results_folder(mini) == files.root() / "figures"
+    with pytest.raises(CacheError, match="rsd reproduce --profile smoke"):
+        experiment.results_folder(smoke)
+    folder = files.root() / "runs" / "smoke" / "figures-x"
+    for number in range(1, 9):
+        assert number == 1 or not list(folder.glob("0[1-8]_*.json"))[7:]
+        files.write_json(folder / f"0{number}_x.json", {})
+    assert experiment.results_folder(smoke) == folder

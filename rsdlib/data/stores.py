@@ -76,9 +76,6 @@ class _Sharded:
     def __len__(self):
         return len(self.ok)
 
-    def __getitem__(self, i):
-        return self.batch([i])[0]
-
 
 class ImageStore(_Sharded):
     """Images decoded once to uint8 and memory-mapped, one file per part of the data.
@@ -234,9 +231,6 @@ class Pictures:
     def batch(self, rows):
         """Gather images (b, 3, size, size), uint8."""
         return self._pixels[_checked_rows(self, rows)]
-
-    def __len__(self):
-        return len(self.ok)
 
 
 class FeatureStore(_Sharded):

@@ -101,8 +101,8 @@ def fit_affine(Z, Y, gamma, alpha, tol, seed):
     ridge = _solve(F_s, F_t, Y, line, alpha)
     form = AffineForm(ridge.V @ ridge.beta, line, gamma, Z[: len(Y) : -(-len(Y) // 16)])
     norm = np.sqrt(np.einsum("pq,pq->", ridge.beta, ridge.N @ ridge.beta))  # |U_t theta|
-    for reach, through, residual, weights in _norms(ridge, Y, alpha):
-        gain = reach * residual + (through + 1) * weights
+    for norms in _norms(ridge, Y, alpha):
+        gain = _gain(*norms)
         if size * gain / norm <= tol:
             return form, float(size * gain / norm)
     curve = _fit_polynomial(cosines, gamma, degree=2)
@@ -161,6 +161,11 @@ def _solve(F_s, F_t, Y, line, alpha):
 
 
 # --- step 6: the first certificate ----------------------------------------------------------------
+
+
+def _gain(of_reach, of_through, of_E, of_theta):
+    """Return the bound of (2) relative to |R|, from bounds of the four norms in their order."""
+    return of_reach * of_E + (of_through + 1) * of_theta
 
 
 def _norms(ridge, Y, alpha):

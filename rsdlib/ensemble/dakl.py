@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 from scipy.linalg import blas, cho_factor, cho_solve
-from scipy.stats import entropy
+from scipy.special import entr
 from sklearn.base import BaseEstimator
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, InvalidParameterError, StrOptions
@@ -67,7 +67,8 @@ def effective_rank(K):
     float
         1 to n.
     """
-    return float(np.exp(entropy(np.maximum(np.linalg.eigvalsh(K), 0))))
+    share = np.maximum(np.linalg.eigvalsh(K), 0)
+    return float(np.exp(entr(share / share.sum()).sum()))
 
 
 def report(Z, gamma, alpha=10.0, rows=1000, seed=0):

@@ -227,8 +227,7 @@ def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, n_targets=0, **o
             choice = {"n_clusters": count, "gamma": gamma, "alpha": alpha}
             model = DAKL(**choice, **options)
             score = cosine(model.fit_predict(centroids, targets, X_val), Y_val).mean()
-            facts = {"cosine": score, "solver": model.solver_, "error": model.error_}
-            table.append(choice | facts)
+            table.append(choice | {"cosine": score, "solver": model.solver_, "error": model.error_})
     if not table:
         message = f"every alpha of {list(alphas)} is lost in float64's rounding"
         raise ConfigError(message, f"Use {least:.1g} or more.")

@@ -208,7 +208,7 @@ def write(out: Path, records: list[Record], images: np.ndarray, seen: list[dict]
     how = {"c": SAMPLED["cfg"], "st": SAMPLED["step"], "sa": SAMPLED["sampler"]}
     for first in range(0, len(records), PART):
         part = records[first : first + PART]
-        files = {
+        encoded = {
             record.image_name: encode(image)
             for record, image in zip(part, images[first:], strict=False)
         }
@@ -216,7 +216,7 @@ def write(out: Path, records: list[Record], images: np.ndarray, seen: list[dict]
             record.image_name: {"p": record.scene.prompt, "se": record.seed, **how}
             for record in part
         }
-        write_part(out / "images" / f"part-{first // PART + 1:06d}.zip", files, keys)
+        write_part(out / "images" / f"part-{first // PART + 1:06d}.zip", encoded, keys)
     write_table(out / "scenes.parquet", scenes_table(records, seen))
     files.write_json(out / "names.json", names())
     write_table(out / "metadata.parquet", metadata_table(records, images.shape[1]))
