@@ -108,3 +108,15 @@ def test_environment_can_be_written_and_says_what_ran():
     assert torch.__version__.startswith(said["versions"]["torch"])
     assert said["threads"] == torch.get_num_threads()
     assert said["git"]
+
+
+def test_a_bar_leaves_nothing_behind(capsys, monkeypatch):
+    """What a terminal or JupyterLab shows at the end, after every carriage return, is blank."""
+    monkeypatch.delenv("RSD_HEADLESS")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert list(runtime.track(range(5), "counting")) == list(range(5))
+    printed = capsys.readouterr()
+    assert "counting" in printed.out
+    assert printed.out.split("\r")[-1].strip() == ""
+    assert "\n" not in printed.out
+    assert printed.err == ""
