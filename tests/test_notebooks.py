@@ -299,11 +299,6 @@ def test_right_parameters_get_their_types(tmp_path):
         (("run", "01", "-p", "epohcs", "3"), 2, "Did you mean 'epochs'"),
         (("run", "01", "-p", "profile", "miny"), 2, "Did you mean 'mini'"),
         (
-            ("run", "01", "-p", "profile", "smoke", "-p", "seed", "1099511627776"),
-            2,
-            "seed = 1099511627776 is refused",
-        ),
-        (
             ("run", "00", "-p", "profile", "smoke", "-p", "source", "no/such/folder"),
             3,
             "there is no folder",

@@ -186,7 +186,7 @@ def load_arrays_into(model, arrays, path):
         model.load_state_dict(to_torch(arrays))
     except RuntimeError as error:  # torch names every tensor, a line each
         reason = " ".join(line.strip() for line in str(error).splitlines()[1:4])
-        message = f"{files.relative(path)} does not fit this model: {reason}"
+        message = f"{files.relative(path)} does not fit this model: {reason[:300]}"
         raise CheckpointError(message, "Load it into the model it was made from.") from error
 
 
