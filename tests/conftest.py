@@ -1,6 +1,8 @@
 """Shared by all tests: no network, one small project folder for everything that writes."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "RSD_HEADLESS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -9,6 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one cor
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def rsd(*arguments, cwd):
+    """Run the command ``rsd`` in a process of its own."""
+    command = [sys.executable, "-m", "rsdlib.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
