@@ -48,11 +48,11 @@ def test_failures_exit_with_one_clear_line(tmp_path, cell, code, words):
 STAND_IN = """#!/bin/bash
 # Stands for `rsd run NUMBER ...`: notes when it began and ended; 01 and 03 wait for each other.
 number=$2
-touch "$number.begun"
+touch "./$number.begun"
 beside=$( [ "$number" = 01 ] && echo 03; [ "$number" = 03 ] && echo 01 )
 while [ -n "$beside" ] && [ ! -e "$beside.begun" ]; do sleep 0.02; done
 [ "$number" != "$FAILS" ] || { echo "rsd: $number failed"; exit 1; }
-echo "$OMP_NUM_THREADS $*" > "$number.done"
+echo "$OMP_NUM_THREADS $*" > "./$number.done"
 """
 NUMBERS = [f"{number:02}" for number in range(10)]
 
@@ -69,8 +69,8 @@ def house(tmp_path):
     return tmp_path
 
 
-def make(house, *arguments, **environment):
-    command = ["make", "notebooks", "-j2", "JOBS=2", "CORES=4", "PROFILE=smoke", *arguments]
+def make(house, *arguments, goals=("notebooks",), **environment):
+    command = ["make", *goals, "-j2", "JOBS=2", "CORES=4", "PROFILE=smoke", *arguments]
     environment = {
         name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"
     } | environment
@@ -91,6 +91,26 @@ def test_make_runs_side_by_side_what_does_not_wait(house):
 
 READS = {"01": ["00"], "05": ["01"], "06": ["01", "02", "03", "04"], "07": ["04"], "08": ["03"]}
 READS["09"] = NUMBERS[:-1]
+
+
+def test_publish_alone_writes_the_figures_and_the_tables(house):
+    """`reproduce` names no folder; `publish` runs 07 a second time at the paper's rate."""
+    for folder in ("figures", "runs/mini/paper-rate"):
+        (house / folder).mkdir(parents=True)
+    (house / "runs/mini/paper-rate/07_unet_swap.json").write_text("{}")
+    done = make(house, goals=("publish",))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for number in set(NUMBERS) - {"07"}:
+        assert "-p profile mini -p figures figures" in (house / f"{number}.done").read_text()
+    assert "-p seeds 3" in (house / "05.done").read_text()
+    assert "-p sweep true" in (house / "01.done").read_text()
+    assert "-p lr 1e-4" in (house / "07.done").read_text()
+    assert (house / "figures/07_unet_swap_1e-4.json").read_text() == "{}"
+    assert "tables --figures figures --write README.md" in (house / "--figures.done").read_text()
+    for path in house.glob("*.done"):
+        path.unlink()
+    assert make(house, goals=("reproduce",)).returncode == 0
+    assert not any("-p figures" in (house / f"{number}.done").read_text() for number in NUMBERS)
 
 
 def test_make_stops_after_a_failure(house):
