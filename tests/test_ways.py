@@ -3,13 +3,11 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 import tiny
 import torch
-from test_experiment import settings, source  # noqa: F401  the fixture
+from test_experiment import settings, source
 
-import mini_world
 from rsdlib import config, data, experiment, files, models, predict, training
 from rsdlib.data import stores
 from rsdlib.errors import CheckpointError
@@ -24,7 +22,7 @@ def folders(tmp_path_factory):
     }
 
 
-def world(source, folders):  # noqa: F811
+def world(source, folders):
     """Return settings with every kind of backbone, tiny."""
     backbones = {
         "vit": config.profile("smoke").backbone("vit"),
@@ -39,7 +37,7 @@ def world(source, folders):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-mlp", "unet"])
-def test_backbone_is_trained_found_again_scored_and_used(source, folders, name):  # noqa: F811
+def test_backbone_is_trained_found_again_scored_and_used(source, folders, name):
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
     folder = experiment.train(
@@ -69,7 +67,7 @@ def test_backbone_is_trained_found_again_scored_and_used(source, folders, name):
     assert len(found.words[0]) == 8
 
 
-def test_frozen_parts_stay_as_they_were(source, folders):  # noqa: F811
+def test_frozen_parts_stay_as_they_were(source, folders):
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
     before = experiment.starting_model(
@@ -92,7 +90,7 @@ def test_frozen_parts_stay_as_they_were(source, folders):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["none", "ours", "cbs", "lerac"])
-def test_each_curriculum_is_a_run_of_its_own(source, folders, name):  # noqa: F811
+def test_each_curriculum_is_a_run_of_its_own(source, folders, name):
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
     folder = experiment.train(chosen, "vit", prepared, weight=0.0, curriculum=name, epochs=3)
@@ -110,7 +108,7 @@ def test_each_curriculum_is_a_run_of_its_own(source, folders, name):  # noqa: F8
     assert len(vanilla) == (name in ("none", "ours"))
 
 
-def test_papers_curriculum_begins_with_what_was_easy_before(source, folders):  # noqa: F811
+def test_papers_curriculum_begins_with_what_was_easy_before(source, folders):
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
     ours = experiment.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3)
@@ -124,7 +122,7 @@ def test_papers_curriculum_begins_with_what_was_easy_before(source, folders):  #
     )
 
 
-def test_same_validation_rows_with_and_without_curriculum(source, folders, monkeypatch):  # noqa: F811
+def test_same_validation_rows_with_and_without_curriculum(source, folders, monkeypatch):
     """D2 of the original: another split for the curriculum compared different sets."""
     seen = []
     fit = training.fit
@@ -143,7 +141,7 @@ def test_same_validation_rows_with_and_without_curriculum(source, folders, monke
     assert all(rows == seen[0] for rows in seen)
 
 
-def test_another_difficulty_is_another_run(source, folders, monkeypatch):  # noqa: F811
+def test_another_difficulty_is_another_run(source, folders, monkeypatch):
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
     first = experiment.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3)
@@ -160,7 +158,7 @@ def test_another_difficulty_is_another_run(source, folders, monkeypatch):  # noq
     )
 
 
-def test_features_are_computed_once_for_all_runs_of_a_front(source, folders, monkeypatch):  # noqa: F811
+def test_features_are_computed_once_for_all_runs_of_a_front(source, folders, monkeypatch):
     calls, original = [], stores.apply
     monkeypatch.setattr(
         stores, "apply", lambda *a, **k: (calls.append(len(a[2])), original(*a, **k))[1]
@@ -175,7 +173,7 @@ def test_features_are_computed_once_for_all_runs_of_a_front(source, folders, mon
     assert len(list((files.cache_dir() / "features").glob("*"))) == len(calls)
 
 
-def test_another_front_than_the_runs_own_is_refused(source, folders, tmp_path):  # noqa: F811
+def test_another_front_than_the_runs_own_is_refused(source, folders, tmp_path):
     """Fault 1: a reloaded perceptron answered through a random CLIP."""
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
@@ -195,7 +193,7 @@ def test_another_front_than_the_runs_own_is_refused(source, folders, tmp_path): 
 # captioner
 
 
-def test_captioner_is_trained_found_again_and_used(source, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_captioner_is_trained_found_again_and_used(source, folders, tmp_path, monkeypatch):
     from rsdlib.errors import CacheError
 
     chosen = world(source, folders)
@@ -234,7 +232,7 @@ def test_captioner_is_trained_found_again_and_used(source, folders, tmp_path, mo
 # scores side by side
 
 
-def test_runs_are_compared_with_the_first_and_with_what_needs_no_training(source, folders):  # noqa: F811
+def test_runs_are_compared_with_the_first_and_with_what_needs_no_training(source, folders):
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
     runs = {"a": experiment.train(chosen, "clip", prepared, weight=0.0, epochs=1)}
@@ -249,7 +247,7 @@ def test_runs_are_compared_with_the_first_and_with_what_needs_no_training(source
     assert gain == pytest.approx(rows["b"]["cosine"]["mean"] - rows["a"]["cosine"]["mean"])
 
 
-def test_clips_neighbours_among_the_prompts(source, folders, monkeypatch):  # noqa: F811
+def test_clips_neighbours_among_the_prompts(source, folders, monkeypatch):
     monkeypatch.setattr(experiment, "NEIGHBOURS", (1,))
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
@@ -265,46 +263,3 @@ def test_clips_neighbours_among_the_prompts(source, folders, monkeypatch):  # no
         row = np.argmax(prepared.targets @ answer)
         assert prepared.targets[row] @ answer == pytest.approx(1, abs=1e-5)
         assert prepared.pairs["prompt"].iloc[row] in train
-
-
-def test_known_causes(source, tmp_path):  # noqa: F811
-    for path in source.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    prepared = experiment.prepare(settings(tmp_path).data)
-    assert mini_world.known_causes(prepared) is None
-    told = {
-        "nouns": [["cat"]],
-        "count": 1,
-        "relation": "single",
-        "setting": "snow",
-        "medium": "neon",
-        "has_referent": True,
-    }
-    seen = {
-        "judged_nouns": [["cat"]],
-        "judged_count": 1,
-        "judged_setting": "snow",
-        "judged_medium": "neon",
-    }
-    table = pd.DataFrame(
-        {
-            "image_name": prepared.pairs["id"],
-            **{
-                k: v * len(prepared.pairs) if isinstance(v, list) else v
-                for k, v in {**told, **seen}.items()
-            },
-        }
-    )
-    table.at[0, "judged_nouns"] = ["fox"]
-    table.loc[1, ["has_referent", "relation"]] = [False, "none"]
-    table.loc[2, ["count", "judged_count", "relation"]] = [2, 2, "count"]
-    table.loc[3, ["count", "judged_count", "relation"]] = [2, 1, "left of"]
-    table.sample(frac=1, random_state=0).to_parquet(tmp_path / "scenes.parquet")
-    causes = mini_world.known_causes(prepared)
-    assert {name: np.flatnonzero(causes[name]).tolist() for name in causes} == {
-        "nothing to see": [1],
-        "several things": [2, 3],
-        "a count": [2],
-        "left of": [3],
-        "not as asked": [0, 3],
-    }
