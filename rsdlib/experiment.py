@@ -758,18 +758,17 @@ def about(prepared, seed):
 
 
 def results_folder(profile):
-    """Return where a profile's results lie: its own below ``runs``, else those that ship with it.
+    """Return where the results on a profile's data lie: its own, else those that ship with it.
 
     Raises
     ------
     CacheError
         There are none yet.
     """
-    own = sorted((files.root() / "runs" / profile.name).glob("figures-*"))
-    complete = [folder for folder in own if len(list(folder.glob("0[1-8]_*.json"))) >= 7]
-    if complete:
-        return max(complete, key=lambda folder: folder.stat().st_mtime)
+    own = prepare(profile.data).figures(profile)
+    if all(list(own.glob(f"0{number}_*.json")) for number in range(1, 9)):
+        return own
     if profile.published:
         return files.root() / profile.published
-    message = f"profile {profile.name!r} has no results yet below runs/{profile.name}"
+    message = f"profile {profile.name!r} has no results yet in {files.relative(own)}"
     raise CacheError(message, f"Run: rsd reproduce --profile {profile.name}")

@@ -410,13 +410,15 @@ def test_a_run_of_an_older_layout_is_refused_by_name_and_never_the_best(source, 
     assert f"{run.name} has layout 1" in capsys.readouterr().out
 
 
-def test_results_are_the_newest_complete_ones_or_those_that_ship():
-    mini, smoke = config.profile("mini"), config.profile("smoke")
-    assert experiment.results_folder(mini) == files.root() / "figures"
+def test_results_are_those_on_the_profiles_own_data_or_those_that_ship(source):
+    profile = settings(source)
     with pytest.raises(CacheError, match="rsd reproduce --profile smoke"):
-        experiment.results_folder(smoke)
-    folder = files.root() / "runs" / "smoke" / "figures-x"
-    for number in range(1, 9):
-        assert number == 1 or not list(folder.glob("0[1-8]_*.json"))[7:]
-        files.write_json(folder / f"0{number}_x.json", {})
-    assert experiment.results_folder(smoke) == folder
+        experiment.results_folder(profile)
+    shipped = config.replace(profile, published="figures")
+    assert experiment.results_folder(shipped) == files.root() / "figures"
+    own = experiment.prepare(profile.data).figures(profile)
+    for folder in (own.with_name("figures-of-other-data"), own):
+        for number in range(1, 9):
+            assert experiment.results_folder(shipped) == files.root() / "figures"
+            files.write_json(folder / f"0{number}_x.json", {})
+    assert experiment.results_folder(shipped) == experiment.results_folder(profile) == own
