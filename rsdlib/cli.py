@@ -334,6 +334,73 @@ def _image_files(path):
     return paths
 
 
+# --- data and models ------------------------------------------------------------------------------
+
+
+def data(
+    what: Literal["fetch", "check"],
+    dataset: Literal["diffusiondb"] = "diffusiondb",
+    /,
+    parts: str = "1",
+    large: bool = False,
+    prompts_only: bool = False,
+    folder: str | None = None,
+):
+    """Fetch DiffusionDB from the model hub, or check it: rsd data fetch diffusiondb --parts 5.
+
+    Args:
+        what: fetch what is not here yet, or check every byte of what is.
+        dataset: the only one so far.
+        parts: how many parts of 1,000 images, from the first on, or a range such as 10-14.
+        large: DiffusionDB Large (14 million images, WebP) instead of 2M (PNG).
+        prompts_only: the table alone.
+        folder: where it lies; default: data/diffusiondb, or data/diffusiondb-large.
+    """
+    from rsdlib import data
+
+    folder = folder or f"data/diffusiondb{'-large' if large else ''}"
+    if what == "fetch":
+        chosen = () if prompts_only else data.part_range(parts, large=large)
+        data.fetch_diffusiondb(folder, chosen, large=large)
+    else:
+        checked, unknown = data.check_diffusiondb(folder)
+        runtime.log(f"right: {checked} files; no checksum known: {unknown}")
+
+
+def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (), /):
+    """List the pretrained weights, fetch some, or check them: rsd models fetch ViT-H-14.
+
+    Args:
+        what: list all, fetch those that are named, or check those that are here.
+        names: as the list has them; check takes all where none is named.
+    """
+    from rsdlib import weights
+
+    if what == "fetch" and not names:
+        raise ConfigError("no model was named", f"Known: {sorted(weights.MODELS)}.")
+    here = {name: weights.whereabouts(name) for name in names or weights.MODELS}
+    if what != "check":
+        _print_models(here, weights.MODELS)
+    if what == "list":
+        return
+    for name in names or [name for name, (_, folder) in here.items() if folder]:
+        if what == "fetch":
+            weights.locate(name, check=False)
+        right, unknown = weights.verify(name)
+        runtime.log(f"{name}: right: {right} files; no checksum known: {unknown}")
+
+
+def _print_models(here, specs):
+    rows = [("name", "id on the hub", "revision", "licence", "size", "here")]
+    for name, (where, _) in here.items():
+        spec = specs[name]
+        size = f"{spec.size / 1e9:.2f} GB" if spec.size else "?"
+        rows.append((name, spec.hub, (spec.revision or "main")[:12], spec.licence, size, where))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
 def main(arguments=None):
     """Run ``rsd``; errors that `rsdlib` names end in one line and a documented exit code.
 
@@ -341,6 +408,7 @@ def main(arguments=None):
     interrupted, 138 the kernel died.
     """
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
+    commands |= {"data": data, "models": models}
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)

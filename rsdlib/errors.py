@@ -80,8 +80,12 @@ class ModelNotFoundError(RsdError):
     """Pretrained weights are neither given, nor stored, nor to be had."""
 
 
+class FetchError(RsdError):
+    """Data cannot be fetched, or what was fetched is damaged."""
+
+
 class RunBusyError(RsdError):
-    """Another process is writing to the same run folder."""
+    """Another process is writing to the same folder."""
 
 
 class NotebookError(RsdError):

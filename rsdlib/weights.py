@@ -4,15 +4,18 @@ A name is looked up in this order: ``$RSD_MODELS/<name>``, a Python package that
 the local hub cache, the hub.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
+import re
 import tomllib
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from rsdlib import files
-from rsdlib.errors import CheckpointError, ModelNotFoundError
+from rsdlib import files, runtime
+from rsdlib.errors import CheckpointError, ModelNotFoundError, RsdError
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,15 @@ class ModelSpec:
         Repository id on the model hub.
     licence : str
     revision : str or None
-        Commit to fetch; None follows the main branch.
+        Commit to fetch; None takes what the main branch is at the time.
     sha256 : dict of str to str
         File name to checksum, compared whenever the files are located.
     package : str or None
         Importable package that carries the files in its folder ``model``.
+    files : list of str
+        Names, or patterns of names, of the files that are needed; empty fetches all.
+    size : int or None
+        Bytes of these files together, about.
     """
 
     hub: str
@@ -37,19 +44,23 @@ class ModelSpec:
     revision: str | None = None
     sha256: dict = field(default_factory=dict)
     package: str | None = None
+    files: list = field(default_factory=list)
+    size: int | None = None
 
 
 _TABLES = tomllib.loads((Path(__file__).parent / "weights.toml").read_text(encoding="utf-8"))
 MODELS = {name: ModelSpec(**table) for name, table in _TABLES.items()}
 
 
-def locate(name):
+def locate(name, *, check=True):
     """Return the folder that holds the files of model `name`, fetched if they are not here yet.
 
     Parameters
     ----------
     name : str
         One of `MODELS`.
+    check : bool
+        False leaves the registered checksums to `verify`.
 
     Returns
     -------
@@ -62,13 +73,82 @@ def locate(name):
     CheckpointError
         A file's checksum is not the registered one.
     """
+    folder = whereabouts(name)[1] or _fetched(name)
+    for file, expected in MODELS[name].sha256.items() if check else ():
+        _check(folder / file, expected)
+    return folder
+
+
+def whereabouts(name):
+    """Return how the files of model `name` are here, and in which folder; the hub is not asked.
+
+    Parameters
+    ----------
+    name : str
+        One of `MODELS`.
+
+    Returns
+    -------
+    where : {"folder", "package", "cache", "no"}
+        Below ``$RSD_MODELS``, in a Python package, in the local hub cache, or not at all.
+    folder : Path or None
+    """
     if name not in MODELS:
         raise ModelNotFoundError(f"model {name!r} is not registered", f"Known: {sorted(MODELS)}.")
     spec = MODELS[name]
-    folder = override(name) or _packaged(spec) or _fetched(name, spec)
-    for file, expected in spec.sha256.items():
-        _check(folder / file, expected)
-    return folder
+    if folder := override(name):
+        return "folder", folder
+    if folder := _packaged(spec):
+        return "package", folder
+    with contextlib.suppress(ModelNotFoundError):
+        folder = _fetched(name, local_files_only=True)
+        if all((folder / file).is_file() for file in spec.files if "*" not in file):
+            return "cache", folder
+    return "no", None
+
+
+def verify(name):
+    """Hash the files of model `name` that are here.
+
+    What is wrong in the hub cache is deleted there, so that the next fetch brings it again.
+
+    Parameters
+    ----------
+    name : str
+        One of `MODELS`.
+
+    Returns
+    -------
+    right, unknown : int
+        Files whose SHA-256 is the registered one, or else the one that the hub told for them, and
+        files of which no checksum is known.
+
+    Raises
+    ------
+    ModelNotFoundError
+        The model is not here.
+    CheckpointError
+        Files have other bytes.
+    """
+    where, folder = whereabouts(name)
+    if folder is None:
+        raise ModelNotFoundError(f"the weights of {name} are not here", f"rsd models fetch {name}")
+    verdicts = dict.fromkeys(MODELS[name].sha256, False)
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in runtime.track(found, f"checking {name}"):
+        file, stored = path.relative_to(folder).as_posix(), path.resolve()
+        # The hub's cache files what is under LFS by its SHA-256.
+        told = stored.name if where == "cache" and len(stored.name) == 64 else None
+        expected = MODELS[name].sha256.get(file, told)
+        verdicts[file] = sha256(path) == expected if expected else None
+        if verdicts[file] is False and where == "cache":
+            stored.unlink()
+            path.unlink(missing_ok=True)
+    wrong = [file for file, verdict in verdicts.items() if verdict is False]
+    if wrong:
+        message = f"{name} has other bytes than it should: {', '.join(wrong)}"
+        raise CheckpointError(message, "It is damaged or another model: fetch it again.")
+    return list(verdicts.values()).count(True), list(verdicts.values()).count(None)
 
 
 def override(name):
@@ -106,17 +186,70 @@ def _packaged(spec):
     return Path(package.submodule_search_locations[0]) / "model" if package else None
 
 
-def _fetched(name, spec):
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _fetched(name, **how):
+    spec = MODELS[name]
+    message = f"the weights of {name} ({spec.hub}) are neither here nor to be fetched"
+    fix = f"Or put the repository's files into $RSD_MODELS/{name}."
+    with naming_faults(ModelNotFoundError, message, fix):
+        from huggingface_hub import snapshot_download
 
+        how |= {"revision": spec.revision, "allow_patterns": spec.files or None}
+        return Path(snapshot_download(spec.hub, **how))
+
+
+# --- the hub's faults -----------------------------------------------------------------------------
+
+_SPACE, _PLACE = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
+_ADVICE = dict.fromkeys((401, 403), "Set HF_TOKEN to a token that may read it.")
+_ADVICE |= {404: "It was moved, or the mirror in HF_ENDPOINT lacks it."}
+_ADVICE |= dict.fromkeys(_SPACE, "Free some space and run it again, it goes on.")
+_ADVICE |= dict.fromkeys(_PLACE, "Use a folder that you may write to.")
+_ELSE = "Check the network, HF_ENDPOINT and proxies, and run it again: it goes on."
+
+
+@contextlib.contextmanager
+def naming_faults(kind, message, fix=""):
+    """Answer whatever goes wrong between here and the hub by one error that tells the true cause.
+
+    Parameters
+    ----------
+    kind : type
+        Of the error; those of `rsdlib` pass as they are.
+    message, fix : str
+        What could not be done, and what to do if nothing else helps.
+    """
     try:
-        return Path(snapshot_download(spec.hub, revision=spec.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = f"neither here nor to be fetched: {type(error).__name__}"
-        fix = f"Put the repository's files into $RSD_MODELS/{name}, or go online once."
-        raise ModelNotFoundError(f"the weights of {name} ({spec.hub}) are {reason}", fix) from error
+        yield
+    except RsdError:
+        raise
+    except Exception as error:  # of files, sockets, proxies, the client and what it is built on
+        reason, advice = _explain(error)
+        raise kind(f"{message}: {reason}", f"{advice} {fix}".strip()) from error
 
+
+def _explain(error):
+    """Return the cause behind the errors of all layers, and what to do about it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    answer = getattr(error, "response", None)
+    if answer is None:
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        code, reason = getattr(error, "errno", None), text.partition("\n")[0].rstrip(".")
+    else:
+        code, reason = answer.status_code, f"{answer.status_code} {answer.reason_phrase}"
+    if code == 429:
+        return reason, f"Run it again in {seconds_to_wait(answer) or 300} s, it goes on."
+    return reason, _ADVICE.get(code, _ELSE)
+
+
+def seconds_to_wait(answer):
+    """Return how long the hub tells to wait in a response's headers, None if it does not."""
+    told = answer.headers.get("retry-after", "") + answer.headers.get("ratelimit", "")
+    found = re.search(r"^\d+$|;t=(\d+)", told)
+    return int(found[1] or found[0]) if found else None
+
+
+# --- checksums ------------------------------------------------------------------------------------
 
 _checked = set()
 
@@ -136,9 +269,14 @@ def _check(path, expected):
     state = (str(path), stat.st_size, stat.st_mtime_ns)
     if state in _checked:
         return
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    if sha256 != expected:
-        message = f"{files.relative(path)} has SHA-256 {sha256[:12]}…, not {expected[:12]}…"
+    found = sha256(path)
+    if found != expected:
+        message = f"{files.relative(path)} has SHA-256 {found[:12]}…, not {expected[:12]}…"
         raise CheckpointError(message, "It is damaged or another model: fetch it again.")
     _checked.add(state)
+
+
+def sha256(path):
+    """Return the SHA-256 of a file's bytes in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

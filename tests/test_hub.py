@@ -13,6 +13,9 @@ from conftest import REPOSITORY
 
 from rsdlib import files, weights
 
+VIT = "vit_base_patch16_224.augreg_in21k_ft_in1k"
+CLIP, SD, BLIP = "ViT-H-14", "stable-diffusion-2-base", "blip-image-captioning-large"
+GONE = "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k"
 PROGRAM = """
 import dataclasses, json, sys
 import torch
@@ -20,16 +23,23 @@ from rsdlib import models, weights
 from rsdlib.config import BackboneConfig
 from rsdlib.errors import RsdError
 
-revision = "0123456789abcdef0123456789abcdef01234567"
-for name, sha256 in json.loads(sys.argv[1]).items():
-    weights.MODELS[name] = weights.ModelSpec(f"tiny/{name}", "none", revision, sha256)
+registered = json.loads(sys.argv[1])
+for name, spec in weights.MODELS.items():
+    weights.MODELS[name] = dataclasses.replace(spec, sha256=registered.get(name, {}))
 images = (torch.arange(3 * 32 * 32).reshape(1, 3, 32, 32) % 256).to(torch.uint8)
 for library, name in json.loads(sys.argv[2]):
     try:
-        encoder = models.create(BackboneConfig(library, name)).eval()
-        with torch.no_grad():
-            read = images if encoder.front is None else encoder.front(images)
-            print(json.dumps([name, encoder(read).double().sum().item()]))
+        if library == "blip":
+            model = models.open_captioner(name).blip
+        elif library == "pipeline":
+            model = models.open_pipeline(name, "cpu").unet
+        else:
+            encoder = models.create(BackboneConfig(library, name)).eval()
+            with torch.no_grad():
+                read = images if encoder.front is None else encoder.front(images)
+                print(json.dumps([name, encoder(read).double().sum().item()]))
+            continue
+        print(json.dumps([f"{library} {name}", sum(map(torch.numel, model.parameters()))]))
     except RsdError as error:
         print(json.dumps([name, f"{type(error).__name__}: {error}"]))
 """
@@ -62,12 +72,32 @@ def repositories(tmp_path_factory):
     (folder / "clip").mkdir()
     tiny.clip(folder / "clip")
     tiny.stable_diffusion(folder / "sd")
-    return {f"tiny/{name}": folder / name for name in ("vit", "clip", "sd")}
+    tiny.blip(folder / "blip")
+    processor = files.read_json(folder / "blip" / "processor_config.json")  # the hub's is older
+    files.write_json(folder / "blip/preprocessor_config.json", processor["image_processor"])
+    (folder / "blip" / "processor_config.json").unlink()
+    for name in UNNEEDED:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"nobody needs this")
+    served = {VIT: "vit", CLIP: "clip", SD: "sd", BLIP: "blip"}
+    return {weights.MODELS[name].hub: folder / place for name, place in served.items()}
+
+
+UNNEEDED = (
+    "vit/pytorch_model.bin",
+    "clip/open_clip_pytorch_model.bin",
+    "clip/model.safetensors",
+    "sd/v2.ckpt",
+    "sd/unet/diffusion_pytorch_model.fp16.safetensors",
+    "sd/unet/diffusion_pytorch_model.bin",
+    "sd/safety_checker/model.safetensors",
+    "blip/tf_model.h5",
+    "blip/pytorch_model.bin",
+)
 
 
 def load(endpoint, home, wanted, sha256=None):
-    """Build encoders in a process of its own, whose hub is at `endpoint`; return what each gave."""
-    known = {name: {} for name in ("vit", "clip", "sd", "gone")} | (sha256 or {})
+    """Build models in a process of its own, whose hub is at `endpoint`; return what each gave."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "0",
@@ -77,31 +107,29 @@ def load(endpoint, home, wanted, sha256=None):
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONPATH": str(REPOSITORY),
     }
-    command = [sys.executable, "-c", PROGRAM, json.dumps(known), json.dumps(wanted)]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(sha256 or {}), json.dumps(wanted)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 
 
-def test_models_come_from_the_hub_and_then_from_the_cache(repositories, tmp_path):
-    wanted = [("timm", "vit"), ("open_clip", "clip"), ("diffusers", "sd"), ("timm", "gone")]
+def test_models_come_from_the_hub_and_then_from_the_cache_if_they_are_right(repositories, tmp_path):
+    wanted = [("timm", VIT), ("open_clip", CLIP), ("diffusers", SD), ("pipeline", SD)]
+    wanted += [("blip", BLIP), ("timm", GONE)]
     with hub.serve(repositories) as (endpoint, asked):
         first = load(endpoint, tmp_path, wanted)
-        assert any(path.startswith("tiny/clip/resolve/") for path in asked)
-    assert all(isinstance(first[name], float) for name in ("vit", "clip", "sd")), first
-    assert "ModelNotFoundError" in first["gone"]
-    assert "$RSD_MODELS/gone" in first["gone"]
-    again = load(endpoint, tmp_path, wanted[:3])  # nobody answers there any more
-    assert again == {name: first[name] for name in ("vit", "clip", "sd")}
-
-
-def test_other_bytes_than_registered_are_refused(repositories, tmp_path):
-    with hub.serve(repositories) as (endpoint, _):
-        found = load(
-            endpoint, tmp_path, [("timm", "vit")], {"vit": {"model.safetensors": "0" * 64}}
-        )
-    assert "CheckpointError" in found["vit"]
-    assert "model.safetensors has SHA-256" in found["vit"]
+    came = [path.split("/", 4) for path in asked if "/resolve/" in path]
+    came = {f"{repositories[f'{owner}/{name}'].name}/{file}" for owner, name, _, _, file in came}
+    assert "sd/unet/diffusion_pytorch_model.safetensors" in came
+    assert not came & set(UNNEEDED)
+    assert "ModelNotFoundError" in first.pop(GONE)
+    assert len(first) == 5
+    assert all(isinstance(value, float | int) for value in first.values()), first
+    wrong = {VIT: {"model.safetensors": "0" * 64}}
+    again = load(endpoint, tmp_path, wanted[:5], wrong)  # nobody answers there any more
+    assert "CheckpointError" in again[VIT]
+    assert "model.safetensors has SHA-256" in again[VIT]
+    assert again | {VIT: first[VIT]} == first
 
 
 # --- the registry ---------------------------------------------------------------------------------
