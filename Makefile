@@ -20,8 +20,8 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv 2>/dev/null || echo "uv is not to be had: using pip"
 	@if $(BIN)/python -m uv --version >/dev/null 2>&1; \
-	then $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[test,dist]'; \
-	else $(BIN)/python -m pip install --quiet -e '.[test,dist]'; fi
+	then $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[test,dist,real]'; \
+	else $(BIN)/python -m pip install --quiet -e '.[test,dist,real]'; fi
 	@touch $@
 
 # --- notebooks side by side: each waits for those whose runs it reads ------------------------------

@@ -182,6 +182,7 @@ Parameters = Annotated[
     tuple[tuple[str, str], ...], tyro.conf.arg(aliases=["-p"], metavar="NAME VALUE")
 ]
 Size = Literal["smoke", "mini", "paper"]
+AnySize = Literal["smoke", "mini", "desk", "paper"]
 
 
 def run(
@@ -222,7 +223,7 @@ def reproduce(
         run(name, (("profile", profile),))
 
 
-def tables(profile: Size = "mini", figures: Path | None = None, write: Path | None = None):
+def tables(profile: AnySize = "mini", figures: Path | None = None, write: Path | None = None):
     """Show the paper's five tables, ours beside the paper's numbers, from the stored results.
 
     Args:
@@ -246,7 +247,8 @@ def predict(
     images: tuple[str, ...],
     /,
     run: str | None = None,
-    profile: str = "mini",
+    profile: AnySize | None = None,
+    bank: str | None = None,
     captions: bool = False,
     format: Literal["text", "json", "csv"] = "text",
     device: str = "auto",
@@ -257,7 +259,8 @@ def predict(
     Args:
         images: image files, or folders of them.
         run: a run folder; default: the best on validation.
-        profile: where to look for it.
+        profile: where to look for it; default: desk, which knows real pictures, before mini.
+        bank: prompts to find the nearest among: a text file, a table, or DiffusionDB's folder.
         captions: let the best captioner describe the images too.
         format: text to read, JSON with the embeddings, or CSV without them.
         device: auto, cpu or cuda.
@@ -265,17 +268,20 @@ def predict(
     """
     if not images:
         raise ConfigError("no image was given", "For example: rsd predict picture.png")
-    paths = [path for image in images for path in _image_files(Path(image))]
+    from rsdlib.data import find_images
+
+    paths = [path for image in images for path in find_images(image)]
     from rsdlib.predict import Predictor, best_run  # slow: what can be refused was refused
 
     with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to the standard output
-        name = config.profile(profile).name
-        folder = run or best_run(name)
-        captioner = best_run(name, captions=True) if captions else None
-        predictor = Predictor.load(folder, device, captioner)
+        folder = run or best_run(profile)
+        captioner = best_run(profile, captions=True) if captions else None
+        predictor = Predictor.load(folder, device, captioner, bank=bank)
         if on_bad == "skip":
             paths = [path for path in paths if _readable(path)]
         prediction = predictor.predict(paths)
+        if prediction.in_domain is not None and not prediction.in_domain.all():
+            print(f"{(~prediction.in_domain).sum()} of {len(paths)} pictures {UNLIKE}")
     if format == "csv":
         print(prediction.table(paths).to_csv(index=False), end="")
     elif format == "json":
@@ -284,6 +290,12 @@ def predict(
         print(f"model: {files.relative(folder)}")
         for record in _records(paths, prediction):
             _print_record(record)
+
+
+UNLIKE = (
+    "are unlike all that this model was trained on: do not trust what it reads in them. "
+    "Train on your kind of pictures: rsd run 01_train_vit -p profile desk -p source FOLDER"
+)
 
 
 def _records(paths, prediction):
@@ -295,11 +307,16 @@ def _records(paths, prediction):
     }
     if prediction.captions is not None:
         columns["caption"] = prediction.captions
+    if prediction.distances is not None:
+        columns["in_domain"] = prediction.in_domain.tolist()
+        columns["distance"] = prediction.distances.round(3).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _print_record(record):
     print(f"\n{record['image']}")
+    if not record.get("in_domain", True):
+        print(f"  WARNING  unlike its training pictures: {record['distance']:.1f} times the limit")
     if "caption" in record:
         print(f"  caption  {record['caption']}")
     if record["words"]:
@@ -318,20 +335,6 @@ def _readable(path):
         print(f"left out: {error.id}: {error.reason}")
         return False
     return True
-
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-
-
-def _image_files(path):
-    if not path.exists():
-        raise ConfigError(f"there is no file {path}")
-    if not path.is_dir():
-        return [path]
-    paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    if not paths:
-        raise ConfigError(f"there are no images in {path}")
-    return paths
 
 
 # --- data and models ------------------------------------------------------------------------------

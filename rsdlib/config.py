@@ -106,10 +106,12 @@ class CleanConfig:
 class DataConfig:
     """From a folder of pairs to clean, split, labelled training data."""
 
-    source: str  # folder in DiffusionDB's layout, or with metadata.csv / metadata.jsonl
+    # Folder in DiffusionDB's layout, or with metadata.csv / metadata.jsonl; several as in PATH.
+    source: str
     clean: CleanConfig = CleanConfig()
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.04
+    turn: Share = 0.0  # another split of the same size: by test_fraction, and nothing is shared
     vocabulary_size: Positive = 1000  # m, the paper's section 7
     limit: Positive | None = None  # read only this many pairs
 
@@ -125,6 +127,8 @@ class BackboneConfig:
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = None  # None: as the weights expect
     gradient_checkpointing: bool = False
     frozen: Names = ()  # parts of the encoder that keep their weights, such as "unet.conv_in"
+    # "gpu": on a CPU it is not trained, its features are computed once and stored.
+    fine_tune: Literal["always", "gpu", "never"] = "always"
 
 
 @settings
@@ -135,6 +139,10 @@ class HeadConfig:
     weight: NotNegative = 0.1  # the paper's lambda; 0 trains without the vocabulary head
     huber: NotNegative = 0.0  # weight of the authors' optional Huber term on the embeddings
     probe: bool = False  # start the embedding head at the ridge regression on the features
+    # What that head reads, where the encoder has named classes; see `rsdlib.models.Speech`.
+    reads: Literal["features", "spoken", "both"] = "features"
+    chosen: bool = False  # the probe's strengths, temperature and voice: the best on validation
+    named_below: Annotated[int, Field(ge=0)] = 0  # with fewer prompts, classes are the vocabulary
 
 
 @settings
@@ -191,6 +199,8 @@ class Profile:
     curriculum: CurriculumConfig = CurriculumConfig()
     clusters: Names = (1000, 5000, 10_000)  # numbers r of centroids that DAKL is tried with
     generator: str = ""  # the diffusion model that made the data; empty: unknown
+    reader: str = "vit"  # the backbone of notebooks that train one
+    readers: Names = ("clip", "unet", "swin", "vit")  # the ensemble's
     published: str = ""  # folder of the results that ship with the project
 
     def backbone(self, name):
@@ -235,7 +245,7 @@ PROFILES = MappingProxyType({name: _read_profile(name, table) for name, table in
 
 
 def profile(name, source=None, **changes):
-    """Return the profile ``"smoke"``, ``"mini"`` or ``"paper"``, perhaps on other data.
+    """Return the profile ``"smoke"``, ``"mini"``, ``"desk"`` or ``"paper"``, perhaps on other data.
 
     Parameters
     ----------

@@ -27,7 +27,13 @@ from rsdlib.config import (
     as_dict,
     replace,
 )
-from rsdlib.errors import BadTableError, CacheError, CheckpointError, ConfigError
+from rsdlib.errors import (
+    BadTableError,
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    ModelNotFoundError,
+)
 
 SPLITS = ("train", "val", "test")
 
@@ -161,7 +167,8 @@ def _prepare(config, pairs, folder):
         rule = report.loc[(report["rows_in"] - report["rows_out"]).idxmax(), "rule"]
         message = f"no pair of {config.source} is left after cleaning"
         raise BadTableError(message, f"The rule {rule!r} took most: loosen it.")
-    kept["split"] = data.split(kept["key"], config.val_fraction, config.test_fraction)
+    fractions = config.val_fraction, config.test_fraction
+    kept["split"] = data.split(kept["key"], *fractions, config.turn)
     for split in SPLITS:
         prompts = kept.loc[kept["split"] == split, "key"].nunique()
         if prompts < 2:
@@ -192,23 +199,31 @@ class Recipe:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     stages: str = ""  # key of which rows are read in which epoch
     objective: str = ""  # key of an objective that is not the joint one
+    names: tuple = ()  # the classes that the encoder has names for; empty if it says nothing
+
+    @property
+    def named(self):
+        """Whether the vocabulary is the encoder's classes."""
+        return bool(self.words) and self.words == first_names(self.names)
 
     @property
     def captions(self):
         """Whether the model answers in words: BLIP does."""
         return self.backbone.library == "blip"
 
-    def build(self, encoder=None, load=True):
+    def build(self, encoder=None, load=True, speech=None):
         """Return the model with its starting weights, a function of the recipe alone.
 
         `encoder` is what was handed to `plan`; without `load` the trained weights are to follow,
-        and pretrained ones need not be here.
+        and pretrained ones need not be here. `speech` is opened where it is not handed in.
         """
         import torch
 
         if self.backbone.library == "own" and encoder is None:
             message = f"the encoder {self.backbone.model!r} of this run is not one of ours"
             raise CheckpointError(message, "Hand it in again: encoder=...")
+        if self.names and load and speech is None:
+            _, speech = models.open_speech(self.backbone, self.names)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(runtime.torch_seed("weights", self.seed))
             if self.captions:
@@ -218,7 +233,12 @@ class Recipe:
                 encoder = models.create(self.backbone, load=load)
             else:
                 encoder = copy.deepcopy(encoder)  # it may be trained more than once
-            return models.PromptRegressor(encoder, self.head.head, len(self.words))
+            if self.names and speech is None:
+                cosines = self.backbone.library == "open_clip"
+                sizes = len(self.names), encoder.features
+                speech = models.Speech.blank(*sizes, cosines=cosines)
+            says = {"speech": speech, "reads": self.head.reads, "named": self.named}
+            return models.PromptRegressor(encoder, self.head.head, len(self.words), **says)
 
     @classmethod
     def load(cls, folder):
@@ -228,6 +248,7 @@ class Recipe:
             "backbone": BackboneConfig(**values["backbone"]),
             "head": HeadConfig(**values["head"]),
             "words": tuple(values["words"]),
+            "names": tuple(values.get("names", ())),
             "curriculum": CurriculumConfig(**values["curriculum"]),
         }
         return cls(**{**values, **nested})
@@ -251,6 +272,8 @@ class Trial:
     recipe : Recipe
     folder : Path
         ``runs/<profile>/<name>-<key>``.
+    images : rsdlib.data.ImageStore
+        The pictures at the size that the encoder reads.
     """
 
     name: str
@@ -262,12 +285,13 @@ class Trial:
     config: TrainConfig
     recipe: Recipe
     folder: Path
+    images: data.ImageStore
 
     def run(self):
         """Train, or find the run done; return its folder."""
         steps = f"{len(self.pairs.train)} training pairs, {self.config.epochs} epochs"
         runtime.log(f"{self.name}: {steps} -> {files.relative(self.folder)}")
-        return training.fit(
+        training.fit(
             self.model,
             self.pairs,
             self.config,
@@ -277,6 +301,22 @@ class Trial:
             callbacks=self.callbacks,
             recipe=as_dict(self.recipe),
         )
+        if not self.recipe.captions and not (self.folder / DOMAIN).exists():
+            self._learn_domain()
+        return self.folder
+
+    def _learn_domain(self):
+        """Store which pictures the trained model knows, for `rsdlib.Predictor`."""
+        sides = []
+        for rows in (self.pairs.train, self.pairs.val):
+            some = rows[:: -(-len(rows) // KNOWN)]
+            read = {"device": self.config.device, "description": "what it knows"}
+            features = data.apply(self.model.backbone, self.pairs.store, some, **read)
+            sides.append({"features": features, "texture": models.texture(self.images.batch(some))})
+        models.Domain.fit(*sides).save(self.folder / DOMAIN)
+
+
+DOMAIN, KNOWN = "domain.safetensors", 2000  # at most so many pictures say what a model knows
 
 
 def train(profile, backbone, prepared, **options):
@@ -293,6 +333,38 @@ def train(profile, backbone, prepared, **options):
         The run folder.
     """
     return plan(profile, backbone, prepared, **options).run()
+
+
+def at_hand(profile, backbones):
+    """Return which of some backbones' pretrained weights are here or come when they are asked for.
+
+    The log names the others. After a first that the hub does not give, no other is asked for.
+
+    Parameters
+    ----------
+    profile : rsdlib.config.Profile
+    backbones : sequence of str
+
+    Returns
+    -------
+    list of str
+    """
+    there, asking = [], True
+    for name in backbones:
+        model = profile.backbone(name).model
+        if model not in models.MODELS or models.whereabouts(model)[1] is not None:
+            there.append(name)
+            continue
+        from_hub = bool(models.MODELS[model].hub)
+        try:
+            if from_hub and not asking:
+                raise ModelNotFoundError(f"the weights of {model} are not here")
+            models.locate(model)
+            there.append(name)
+        except ModelNotFoundError as error:
+            runtime.log(f"{name} is left out: {error}")
+            asking = asking and not from_hub
+    return there
 
 
 def three_ways(profile, backbone, prepared, **options):
@@ -364,14 +436,14 @@ def plan(
     Trial
     """
     config = profile.training(backbone, **changes)
-    recipe = _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config.seed)
-    model = recipe.build(encoder)
+    recipe, speech = _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config)
+    model = recipe.build(encoder, speech=speech)
     network = model if recipe.captions else model.backbone
     store = prepared.store(network, on_bad, config.device)
     start = data.weights_key(model)
     pairs = _pairs(prepared, store, model, recipe)
     if recipe.head.probe:
-        _probe(model, pairs, config.device)
+        _probe(model, pairs, recipe.head, config.device)
 
     def history():
         plain = {"weight": weight, "head": head, "encoder": encoder, "objective": objective}
@@ -394,13 +466,17 @@ def plan(
     key = files.digest([as_dict(recipe), config.fixed()], 8)
     folder = files.root() / "runs" / profile.name / f"{name}-{key}"
     objective = objective or _objective(model, recipe)
-    return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, folder)
+    images = prepared.images(network.image_size, on_bad)
+    return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, folder, images)
 
 
-def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, seed):
-    """Return what was asked for, in full: the profile's settings wherever nothing else was said."""
+def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config):
+    """Return what was asked for, in full: the profile's settings wherever nothing else was said.
+
+    With what the encoder can say, if the heads are to hear it.
+    """
     if encoder is None:
-        described = profile.backbone(backbone)
+        described = _settled(profile.backbone(backbone), config.device)
     else:
         described = BackboneConfig("own", type(encoder).__name__, image_size=encoder.image_size)
     asked = {"weight": weight, "head": head}
@@ -411,23 +487,49 @@ def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, seed
         heads = replace(heads, head=HeadConfig().head)
     if not isinstance(curriculum, CurriculumConfig):
         curriculum = replace(profile.curriculum, name=curriculum or profile.curriculum.name)
-    words = prepared.vocabulary.words if heads.weight else ()
-    return Recipe(described, heads, words, prepared.key, seed, curriculum=curriculum)
+    words, (names, speech) = prepared.vocabulary.words, ((), None)
+    if heads.reads != "features":
+        names, speech = models.open_speech(described, words)
+        heads = heads if names else replace(heads, reads="features")
+    train = prepared.pairs["split"] == "train"
+    if names and prepared.pairs["key"][train].nunique() < heads.named_below:
+        words = first_names(names)
+    words = words if heads.weight else ()
+    made = {"curriculum": curriculum, "names": names}
+    return Recipe(described, heads, words, prepared.key, config.seed, **made), speech
+
+
+def _settled(backbone, device):
+    """Return a backbone's settings with the device's answer to whether it is trained."""
+    on_gpu = runtime.device(device).type != "cpu"
+    trained = backbone.fine_tune == "always" or (backbone.fine_tune == "gpu" and on_gpu)
+    return replace(backbone, fine_tune="always" if trained else "never")
+
+
+def first_names(names):
+    """Return the first synonym of each class's name."""
+    return tuple(name.partition(",")[0] for name in names)
 
 
 def _pairs(prepared, store, model, recipe):
     targets = model.encode(prepared.pairs["prompt"]) if recipe.captions else prepared.targets
     labels = prepared.labels if recipe.words else None
+    if recipe.named:
+        labels = data.pack(data.Vocabulary(recipe.words).encode(prepared.pairs["prompt"]))
     train, val = (prepared.rows(split, store) for split in ("train", "val"))
     return data.PairStore(store, targets, labels, len(recipe.words), train, val)
 
 
-def _probe(model, pairs, device):
+def _probe(model, pairs, head, device):
     import torch
 
     features = data.FeatureStore.build(pairs.store, model.backbone, device=device)
-    targets = np.asarray(pairs.targets[pairs.train])
-    model.probe(torch.from_numpy(features.batch(pairs.train)), torch.from_numpy(targets))
+
+    def both(rows):
+        targets = np.asarray(pairs.targets[rows])
+        return torch.from_numpy(features.batch(rows)), torch.from_numpy(targets)
+
+    model.probe(*both(pairs.train), both(pairs.val) if head.chosen else None)
 
 
 def _order(curriculum, rows, epochs, stages, history):
@@ -576,7 +678,7 @@ def captions(model, prepared, store, split, beams=3, device="auto"):
     return files.read_json(path)
 
 
-MEAN = "mean embedding"
+MEAN, ZERO_SHOT = "mean embedding", "zero-shot: classes' names"
 KNN_BEFORE, KNN_AFTER = "k-NN, features as they came", "k-NN, features as trained (vanilla)"
 BASELINES = (MEAN, KNN_BEFORE, KNN_AFTER)
 CLIP_KNN = "CLIP + k-NN"
@@ -603,6 +705,10 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
     mean = prepared.targets[train].mean(axis=0, keepdims=True)  # (1, d)
     scores.predictions[MEAN] = np.repeat(mean, len(scores.rows), axis=0)
     chosen = {}
+    if getattr(before, "speech", None) is not None:
+        before.only_speak()
+        how = {"pick": lambda output: output[0], "device": device}
+        scores.predictions[ZERO_SHOT] = data.apply(before, store, scores.rows, **how)
     for name, model in ((KNN_BEFORE, before), (KNN_AFTER, after)):
         features = data.FeatureStore.build(store, model.backbone, device=device)
         base, own, queries = map(features.batch, (train, val, scores.rows))

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from rsdlib import data, ensemble, experiment, files, runtime, training
-from rsdlib.errors import CacheError, CheckpointError
+from rsdlib import data, ensemble, experiment, files, models, runtime, training
+from rsdlib.errors import CacheError, CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,21 @@ class Prediction:
         Nearest training prompts first; empty lists where the run's data are not at hand.
     captions : list of n str, or None
         Where the predictor has a captioner.
+    distances : ndarray (n,), or None
+        How far a picture lies from those that the model was trained on, see `rsdlib.models.Domain`;
+        None where the run does not know.
     """
 
     embeddings: np.ndarray
     words: list
     prompts: list
     captions: list | None = None
+    distances: np.ndarray | None = None
+
+    @property
+    def in_domain(self):
+        """Which pictures are of the kind that the model was trained on: (n,) bool, or None."""
+        return None if self.distances is None else self.distances <= 1
 
     def table(self, images):
         """Return a DataFrame to save: one row an image, no embeddings.
@@ -49,6 +58,8 @@ class Prediction:
         nearest = [prompts[0] if prompts else ("", np.nan) for prompts in self.prompts]
         rows["nearest_prompt"] = [prompt for prompt, _ in nearest]
         rows["similarity"] = [similarity for _, similarity in nearest]
+        if self.distances is not None:
+            rows["in_domain"] = self.in_domain
         return pd.DataFrame(rows)
 
 
@@ -65,18 +76,26 @@ class Predictor:
     bank_embeddings : ndarray (n, d) or None
     device : str
     captioner : rsdlib.models.Captioner or None
+    domain : rsdlib.models.Domain or None
     """
 
     def __init__(
-        self, model, words=(), bank=None, bank_embeddings=None, device="auto", captioner=None
+        self,
+        model,
+        words=(),
+        bank=None,
+        bank_embeddings=None,
+        device="auto",
+        captioner=None,
+        domain=None,
     ):
         self.device = runtime.device(device)
         self.model, self.words = model, tuple(words)
         self.bank, self.bank_embeddings = bank, bank_embeddings
-        self.captioner = captioner
+        self.captioner, self.domain = captioner, domain
 
     @classmethod
-    def load(cls, folder, device="auto", captioner=None, encoder=None):
+    def load(cls, folder, device="auto", captioner=None, encoder=None, bank=None):
         """Open a finished run folder, and perhaps a captioner's beside it.
 
         Parameters
@@ -86,6 +105,9 @@ class Predictor:
         captioner : path-like, optional
         encoder : nn.Module, optional
             What `rsdlib.experiment.plan` was given, if it was.
+        bank : path-like, optional
+            Prompts to find the nearest among, see `rsdlib.data.load_prompts`; default: those that
+            the run was trained on. Embedded once.
 
         Raises
         ------
@@ -98,8 +120,45 @@ class Predictor:
         model, recipe = _open(folder, captions=False, encoder=encoder)
         if captioner is not None:
             captioner, _ = _open(files.resolve_path(captioner), captions=True)
-        bank, embeddings = _known_prompts(folder, recipe)
-        return cls(model, recipe.words, bank, embeddings, device, captioner)
+        known_prompts = _known_prompts(folder, recipe) if bank is None else cls._bank(bank, device)
+        bank, embeddings = known_prompts
+        known = folder / experiment.DOMAIN
+        domain = models.Domain.load(known) if known.exists() else None
+        return cls(model, recipe.words, bank, embeddings, device, captioner, domain)
+
+    @classmethod
+    def untrained(cls, backbone, bank=None, device="auto"):
+        """Open an encoder that says what it sees, and has learnt from no prompt.
+
+        Parameters
+        ----------
+        backbone : rsdlib.config.BackboneConfig
+            Of a timm model with named classes.
+        bank : path-like, optional
+            See `load`.
+        device : str
+
+        Raises
+        ------
+        ConfigError
+            Its classes have no names.
+        """
+        names, speech = models.open_speech(backbone)
+        if not names:
+            raise ConfigError(f"{backbone.model} has no classes with names", "Use a classifier.")
+        how = {"speech": speech, "reads": "spoken", "named": True}
+        model = models.PromptRegressor(models.create(backbone), "separate", len(names), **how)
+        model.only_speak()
+        prompts, embeddings = cls._bank(bank, device)
+        return cls(model, experiment.first_names(names), prompts, embeddings, device)
+
+    @staticmethod
+    def _bank(path, device):
+        """Return the prompts of a file and their embeddings, or None twice."""
+        if path is None:
+            return None, None
+        prompts = data.load_prompts(path)
+        return prompts, data.embed_cached(prompts, device=runtime.device(device))
 
     def predict(self, images, n_words=8, n_prompts=5, batch_size=64):
         """Predict from images.
@@ -122,10 +181,12 @@ class Predictor:
         embeddings = [np.empty((0, self.model.embedding_head.out_features), np.float32)]
         probabilities = [np.empty((0, m), np.float32)]
         captions = None if self.captioner is None else []
+        distances = [np.empty(0)]
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
             chunk = [_opened(image) for image in images[start : start + batch_size]]
-            embedding, logits = self._read(chunk)
+            embedding, logits, distance = self._read(chunk)
             embeddings.append(embedding.cpu().numpy())
+            distances.append(distance)
             if m:
                 probabilities.append(logits.float().sigmoid().cpu().numpy())
             if captions is not None:
@@ -135,15 +196,27 @@ class Predictor:
         prompts = self._nearest(embeddings, n_prompts)
         if not m:
             words = [[] for _ in images]
-        return Prediction(embeddings, words, prompts, captions)
+        distances = None if self.domain is None else np.concatenate(distances)
+        return Prediction(embeddings, words, prompts, captions, distances)
 
     def _read(self, images):
-        """Return embeddings (b, d) and vocabulary logits (b, m) of PIL images."""
+        """Return embeddings (b, d), vocabulary logits (b, m) and distances (b,) of PIL images."""
         encoder = self.model.backbone
         front = getattr(encoder, "front", None)
         with data.evaluating(self.model.to(self.device)):
-            batch = self._tensor(images, encoder.image_size)
-            return self.model(batch if front is None else front.to(self.device)(batch))
+            pixels = batch = self._tensor(images, encoder.image_size)
+            if front is not None:
+                with data.evaluating(front.to(self.device)):
+                    batch = front(batch)
+            features = encoder(batch)
+            embedding, logits = self.model.heads(features)
+        if self.domain is None:
+            return embedding, logits, ()
+        views = {
+            "features": features.float().cpu(),
+            "texture": models.texture(pixels.cpu().numpy()),
+        }
+        return embedding, logits, self.domain.distance(views)
 
     def _caption(self, images):
         with data.evaluating(self.captioner.to(self.device)):
@@ -199,15 +272,19 @@ def _top(probabilities, words, n):
     return [(words[i], float(probabilities[i])) for i in order]
 
 
-def best_run(profile="mini", captions=False):
-    """Return a profile's finished run with the best validation score.
+PREFERRED = ("desk", "mini")  # real pictures come first
+
+
+def best_run(profile=None, captions=False):
+    """Return a profile's finished run with the best validation score on the newest of its data.
 
     Of models that predict embeddings, or of captioners. Runs with a vocabulary head come before
     those without: they can say words, too.
 
     Parameters
     ----------
-    profile : str
+    profile : str, optional
+        Default: the first of `PREFERRED` that has one.
     captions : bool
 
     Returns
@@ -219,8 +296,21 @@ def best_run(profile="mini", captions=False):
     CacheError
         There is none yet.
     """
-    ranked = []
-    for path in sorted((files.root() / "runs" / profile).glob("*/difficulty.parquet")):
+    profiles = PREFERRED if profile is None else (profile,)
+    for name in profiles:
+        ranked = _ranked_runs(files.root() / "runs" / name, captions)
+        if ranked:
+            return ranked[0]
+    what = "no captioner" if captions else "nothing"
+    notebook = "08_captioning" if captions else "01_train_vit"
+    message = f"{what} is trained yet below {' or '.join(f'runs/{name}' for name in profiles)}"
+    raise CacheError(message, f"Run: rsd run {notebook}")
+
+
+def _ranked_runs(folder, captions):
+    """Return a profile's runs of a kind on its newest data, the best first."""
+    ranked, newest = [], {}
+    for path in sorted(folder.glob("*/difficulty.parquet")):
         try:
             recipe = experiment.Recipe.load(path.parent)
         except CheckpointError as error:  # of another version: named, and left alone
@@ -228,10 +318,9 @@ def best_run(profile="mini", captions=False):
             continue
         if recipe.captions == captions and recipe.backbone.library != "own":
             score = training.load_run(path.parent).metrics["val_similarity"].max()
-            ranked.append((not captions and bool(recipe.words), score, path.parent))
-    if not ranked:
-        what = "no captioner" if captions else "nothing"
-        notebook = "08_captioning" if captions else "01_train_vit"
-        message = f"{what} is trained yet below runs/{profile}"
-        raise CacheError(message, f"Run: rsd run {notebook}")
-    return max(ranked)[-1]
+            says = not captions and bool(recipe.words)
+            ranked.append((recipe.prepared, says, score, path.parent))
+            made = path.stat().st_mtime
+            newest[recipe.prepared] = max(made, newest.get(recipe.prepared, made))
+    ranked.sort(key=lambda run: (newest[run[0]], *run[1:]), reverse=True)
+    return [run[-1] for run in ranked]

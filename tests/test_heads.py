@@ -111,9 +111,9 @@ def test_probed_head_is_the_ridge_regression(head):
     backbone.features = 12
     linear = features @ torch.randn(12, 7) + torch.randn(7)
     regressor = PromptRegressor(backbone, head, vocabulary_size=5, embedding_size=7)
-    regressor.probe(features, linear, ridge=0.0)
+    regressor.probe(features, linear, shrink=0.0)
     expected = F.normalize(linear, dim=1)
     torch.testing.assert_close(regressor(features)[0], expected, atol=1e-4, rtol=1e-4)
-    regressor.probe(features, linear, ridge=1e9)
+    regressor.probe(features, linear, shrink=1e9)
     mean = F.normalize(linear.mean(dim=0), dim=0).expand_as(linear)
     torch.testing.assert_close(regressor(features)[0], mean, atol=1e-4, rtol=1e-4)

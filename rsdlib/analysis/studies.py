@@ -29,8 +29,9 @@ def ensemble_tables(predictions, val, test):
     on_val = {m: metrics.cosine(p, val.target).mean() for m, p in predictions["val"].items()}
     test.predictions |= predictions["test"]
     equal, fitted = [], []
+    initials = len({model[0] for model in on_val}) == len(on_val)
     for subset in ensemble.subsets(on_val):
-        label = "".join(model[0].upper() for model in subset)
+        label = "".join(m[0].upper() for m in subset) if initials else " + ".join(subset)
         mine = {split: {m: predictions[split][m] for m in subset} for split in ("val", "test")}
         weights = ensemble.fit_weights(mine["val"], val.target)
         best = max(subset, key=on_val.get)

@@ -2,8 +2,8 @@
 
 from rsdlib.data.clean import clean, is_english, near_duplicates, normalise, prompt_key, split, tidy
 from rsdlib.data.fetch import check_diffusiondb, fetch_diffusiondb, part_range
-from rsdlib.data.images import decode_image, open_image, resize
-from rsdlib.data.pairs import load_pairs
+from rsdlib.data.images import decode_image, find_images, open_image, resize
+from rsdlib.data.pairs import load_pairs, load_prompts
 from rsdlib.data.stores import (
     FeatureStore,
     ImageStore,

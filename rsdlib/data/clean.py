@@ -73,7 +73,7 @@ def check_texts(prompts):
     return prompts
 
 
-def split(keys, val_fraction, test_fraction):
+def split(keys, val_fraction, test_fraction, turn=0.0):
     """Assign prompts to "train", "val" or "test".
 
     The side is a function of the prompt's key alone: independent of row order, of every seed and of
@@ -86,6 +86,8 @@ def split(keys, val_fraction, test_fraction):
         The column ``key`` of `clean`'s result, or ``[prompt_key(p) for p in prompts]``.
     val_fraction, test_fraction : float
         Expected shares of all prompts.
+    turn : float
+        Another split: turned by `test_fraction`, its test prompts are all others.
 
     Returns
     -------
@@ -106,6 +108,7 @@ def split(keys, val_fraction, test_fraction):
     if not all(re.fullmatch("[0-9a-f]{16}", key) for key in keys):
         raise BadValueError("split takes keys of 16 hexadecimal digits", "Pass `clean`'s keys.")
     place = np.array([int(key, 16) for key in keys], dtype=float) / 2.0**64  # (n,) in [0, 1)
+    place = (place + turn) % 1
     in_test, in_val = place < test_fraction, place < test_fraction + val_fraction
     return np.select([in_test, in_val], ["test", "val"], "train")
 

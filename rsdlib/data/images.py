@@ -2,13 +2,14 @@
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rsdlib import files
 from rsdlib.data.pairs import BROKEN_DATA, open_part
-from rsdlib.errors import BadImageError, refusing
+from rsdlib.errors import BadImageError, ConfigError, refusing
 
 MAX_PIXELS = 16_000_000  # of one image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -127,3 +128,33 @@ def resize(image, size):
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def find_images(path):
+    """Return the image files that a path means: itself, or what lies in and below a folder.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    ConfigError
+        There is no such file, or no image in the folder.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"there is no file {path}")
+    if not path.is_dir():
+        return [path]
+    paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ConfigError(f"there are no images in {path}")
+    return paths

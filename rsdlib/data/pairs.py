@@ -6,6 +6,7 @@ reason.
 """
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -13,11 +14,13 @@ import stat
 import struct
 import zipfile
 import zlib
+from pathlib import Path
 
 import pandas as pd
 import pyarrow
 
 from rsdlib import files, runtime
+from rsdlib.data.clean import tidy
 from rsdlib.errors import BadArchiveError, BadImageError, BadTableError, ConfigError, refusing
 
 MAX_BYTES = 64 * 2**20  # of one file or zip member
@@ -150,9 +153,10 @@ def load_pairs(source, *, limit=None):
     Parameters
     ----------
     source : path-like
+        Several folders are separated as in ``PATH`` (by ``:``, on Windows by ``;``).
     limit : int, optional
-        Keep the first so many ids in sorted order. With ``metadata.parquet``, only the parts that
-        hold them are opened.
+        Keep the first so many ids of each folder in sorted order. With ``metadata.parquet``, only
+        the parts that hold them are opened.
 
     Returns
     -------
@@ -173,7 +177,19 @@ def load_pairs(source, *, limit=None):
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit} is out of range", "It must be at least 1.")
-    source = files.resolve_path(source)
+    folders = [source] if Path(source).is_dir() else str(source).split(os.pathsep)
+    frames = [_read_folder(files.resolve_path(folder), limit) for folder in folders]
+    if len(frames) == 1:
+        return frames[0]
+    frame = pd.concat(frames).sort_values("id", ignore_index=True)
+    repeated = frame["id"][frame["id"].duplicated()]
+    if len(repeated):
+        message = f"id {repeated.iloc[0]!r} stands in more than one folder of {source}"
+        raise BadTableError(message, "Rename the image in one of them.")
+    return frame
+
+
+def _read_folder(source, limit):
     if not source.is_dir():
         message = f"there is no folder {files.relative(source)}"
         raise BadTableError(message, "Check the path, or fetch the data first.")
@@ -298,10 +314,49 @@ def _json_object(pairs):
     return value
 
 
+# --- prompts alone --------------------------------------------------------------------------------
+
+
+def load_prompts(path):
+    """Read prompts, without images, to look for the nearest among them.
+
+    Parameters
+    ----------
+    path : path-like
+        A text file with one prompt a line, perhaps gzipped; a table with a column of prompts; or a
+        folder with such a table, as DiffusionDB's.
+
+    Returns
+    -------
+    list of str
+        Tidied, each once, in the order of the file.
+
+    Raises
+    ------
+    BadTableError
+        There is no such file, it cannot be read, or holds no prompt.
+    """
+    path = files.resolve_path(path)
+    table = next((path / name for name in _TABLES if (path / name).is_file()), path)
+    where = files.relative(table)
+    if table.suffix in (".parquet", ".csv", ".jsonl"):
+        prompts = _column(_read_table(table), where, "prompt", _PLAIN["prompt"]).dropna()
+    else:
+        opener = gzip.open if table.suffix == ".gz" else open
+        broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
+        with broken, opener(table, "rt", encoding="utf-8-sig") as stream:
+            prompts = stream.readlines()
+    prompts = list(filter(None, dict.fromkeys(map(tidy, prompts))))
+    if not prompts:
+        raise BadTableError(f"{where} holds no prompt", "Give a file with one prompt a line.")
+    return prompts
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 _NUMBERS = ("part_id", "seed", "step", "cfg", "width", "height", "image_nsfw", "prompt_nsfw")
-_BROKEN = (OSError, ValueError, TypeError, RecursionError, pyarrow.ArrowException)
+_BROKEN = (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error)
+_BROKEN = (*_BROKEN, pyarrow.ArrowException)
 _FIX = "Write or download it again."
 
 

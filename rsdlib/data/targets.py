@@ -75,6 +75,8 @@ class Vocabulary:
     def encode(self, prompts):
         """Return which words occur in which prompt, found as they were counted.
 
+        Names of several words, such as those of an encoder's classes, are found as they stand.
+
         Parameters
         ----------
         prompts : sequence of str, (n,)
@@ -83,10 +85,18 @@ class Vocabulary:
         -------
         ndarray of bool, (n, m)
         """
-        column = {word: number for number, word in enumerate(self.words)}
-        labels = np.zeros((len(prompts), len(column)), dtype=bool)  # (n, m)
+        entries = [find_words(normalise(word)) for word in self.words]
+        names = [(column, f" {' '.join(e)} ") for column, e in enumerate(entries) if len(e) > 1]
+        columns = {}
+        for number, entry in enumerate(entries):
+            if len(entry) == 1:
+                columns.setdefault(entry[0], []).append(number)
+        labels = np.zeros((len(prompts), len(entries)), dtype=bool)  # (n, m)
         for row, prompt in zip(labels, check_texts(prompts), strict=True):
-            row[[column[word] for word in find_words(normalise(prompt)) if word in column]] = True
+            found = find_words(normalise(prompt))
+            row[[column for word in found for column in columns.get(word, ())]] = True
+            text = f" {' '.join(found)} "
+            row[[column for column, name in names if name in text]] = True
         return labels
 
     @property

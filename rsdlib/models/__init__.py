@@ -8,8 +8,17 @@ from rsdlib.models.blip import (
     caption_all,
     open_captioner,
 )
-from rsdlib.models.encoders import Encoder, FrontedEncoder, Perceptron, clip_pair, create
-from rsdlib.models.heads import HEADS, JointObjective, PromptRegressor, joint_loss
+from rsdlib.models.domain import Domain, texture
+from rsdlib.models.encoders import (
+    Encoder,
+    FrontedEncoder,
+    Frozen,
+    Perceptron,
+    clip_pair,
+    create,
+    load_in_order,
+)
+from rsdlib.models.heads import HEADS, JointObjective, PromptRegressor, joint_loss, ridge
 from rsdlib.models.sampling import (
     open_pipeline,
     pipeline_folder,
@@ -18,6 +27,7 @@ from rsdlib.models.sampling import (
     sample_stored,
     weights_of,
 )
+from rsdlib.models.speech import Speech, open_speech
 from rsdlib.models.unet import (
     DROPPED,
     Latents,
@@ -29,4 +39,4 @@ from rsdlib.models.unet import (
     weight_change,
     with_encoder,
 )
-from rsdlib.weights import MODELS, locate
+from rsdlib.weights import MODELS, locate, whereabouts

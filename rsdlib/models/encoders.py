@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from rsdlib import runtime, weights
+from rsdlib import files, runtime, weights
 from rsdlib.config import as_dict
-from rsdlib.errors import ConfigError, ModelNotFoundError, refusing
+from rsdlib.errors import CheckpointError, ConfigError, ModelNotFoundError, refusing
 
 _TIMM, _CLIP = "config.json", "open_clip_config.json"  # files that tell their folders
 
@@ -83,6 +83,25 @@ class Perceptron(FrontedEncoder):
         return self.body(features.float())
 
 
+class Frozen(FrontedEncoder):
+    """An encoder that is not trained: its features are computed once and stored.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        Frozen here, behind its own front if it has one; the ``front``.
+    """
+
+    def __init__(self, encoder):
+        front = encoder if encoder.front is None else nn.Sequential(encoder.front, encoder)
+        super().__init__(front.eval().requires_grad_(False))
+        self.features, self.image_size = encoder.features, encoder.image_size
+
+    def forward(self, features):
+        """Take stored features (b, p) as they are."""
+        return features.float()
+
+
 def create(config, *, load=True):
     """Build the encoder that a `config.BackboneConfig` describes.
 
@@ -110,10 +129,11 @@ def create(config, *, load=True):
     if config.library not in _BUILDERS:
         message = f"no image encoder comes from {config.library!r}"
         raise ConfigError(message, f"Known: {', '.join(_BUILDERS)}.")
+    load = load or config.fine_tune == "never"
     encoder = _BUILDERS[config.library](config, config.pretrained and load)
     for part in config.frozen:
         _freeze(encoder, part, config.model)
-    return encoder
+    return Frozen(encoder) if config.fine_tune == "never" else encoder
 
 
 def _freeze(encoder, part, model):
@@ -126,15 +146,57 @@ def _freeze(encoder, part, model):
 
 
 def _timm(config, pretrained):
-    timm = runtime.require("timm")
-    name, options = _name(config, _TIMM, pretrained), as_dict(config.options)
-    with _naming(config):
-        body = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    import timm
+
+    body = open_timm(config, pretrained)
     if config.gradient_checkpointing:
         body.set_grad_checkpointing()
     expects = timm.data.resolve_model_data_config(body)
     size = config.image_size or expects["input_size"][-1]
     return Encoder(body, body.head_hidden_size, size, expects["mean"], expects["std"])
+
+
+def open_timm(config, pretrained, *, classes=False):
+    """Return a timm model, with its classifier where the `classes` are wanted."""
+    timm = runtime.require("timm")
+    options = as_dict(config.options) | ({} if classes else {"num_classes": 0})
+    spec = weights.MODELS.get(config.model)
+    if spec is None or not spec.checkpoint:
+        name = _name(config, _TIMM, pretrained)
+        with _naming(config):
+            return timm.create_model(name, pretrained=pretrained, **options)
+    with _naming(config):
+        body = timm.create_model(config.model)
+    if pretrained:
+        load_in_order(body, weights.locate(config.model) / spec.checkpoint)
+    if not classes:
+        body.reset_classifier(0)
+    return body.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+
+def load_in_order(model, path):
+    """Load a checkpoint whose tensors are the model's, in its order, under other names.
+
+    Parameters
+    ----------
+    model : nn.Module
+    path : Path
+        What ``torch.save`` wrote; read without running code in it.
+
+    Raises
+    ------
+    CheckpointError
+        The file is no checkpoint, or one of another model.
+    """
+    where, fix = files.relative(path), "It is damaged or another model: fetch it again."
+    with refusing(Exception, CheckpointError, f"{where} cannot be read: {{}}", fix):
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = [value.shape for value in stored.values()]
+    own = model.state_dict()
+    if shapes != [value.shape for value in own.values()]:
+        message = f"{where} has {len(shapes)} tensors that are not the model's {len(own)} in order"
+        raise CheckpointError(message, fix)
+    model.load_state_dict(dict(zip(own, stored.values(), strict=True)))
 
 
 def _open_clip(config, pretrained):

@@ -28,16 +28,39 @@ class PromptRegressor(nn.Module):
         m; 0 leaves the vocabulary head out.
     embedding_size : int
         d.
+    speech : Speech, optional
+        What the backbone can say. ``voice`` times that joins the embedding head's prediction.
+    reads : {"features", "spoken", "both"}
+        What the embedding head reads; with ``"both"``, features and spoken feature of unit length.
+    named : bool
+        The vocabulary is the classes of `speech`: its head corrects what they are given.
     """
 
-    def __init__(self, backbone, head="sequential", vocabulary_size=1000, embedding_size=384):
+    def __init__(
+        self,
+        backbone,
+        head="sequential",
+        vocabulary_size=1000,
+        embedding_size=384,
+        *,
+        speech=None,
+        reads="features",
+        named=False,
+    ):
         super().__init__()
         if head not in HEADS:
             raise ConfigError(f"head {head!r} is unknown", f"Use one of {HEADS}.")
         self.backbone, self.arrangement, self.vocabulary_size = backbone, head, vocabulary_size
-        p, m, d = backbone.features, vocabulary_size, embedding_size
+        self.speech, self.reads, self.named = speech, reads, named
+        self.register_buffer("voice", torch.zeros(()) if speech is not None else None)
+        m, d = vocabulary_size, embedding_size
+        widths = {"features": backbone.features, "spoken": d, "both": backbone.features + d}
+        p = widths[reads]
         self.embedding_head = nn.Linear(p + m if head == "concat" else p, d)
         self.vocabulary_head = nn.Linear(d if head == "sequential" else p, m) if m else None
+        if named:
+            nn.init.zeros_(self.vocabulary_head.weight)
+            nn.init.zeros_(self.vocabulary_head.bias)
 
     def forward(self, batch):
         """Return unit embeddings (b, d) and vocabulary logits (b, m), or None for m = 0."""
@@ -46,18 +69,37 @@ class PromptRegressor(nn.Module):
 
     def heads(self, features):
         """Map features (b, p) to embeddings (b, d) and logits (b, m)."""
-        logits = None
+        read, logits = torch.cat(self.blocks(features), dim=1), None
         if self.vocabulary_head is not None and self.arrangement != "sequential":
-            logits = self.vocabulary_head(features)
+            logits = self.vocabulary_head(read)
             if self.arrangement == "concat":
-                features = torch.cat([features, logits], dim=1)  # (b, p + m)
-        embedding = self.embedding_head(features)  # (b, d)
+                read = torch.cat([read, logits], dim=1)  # (b, p + m)
+        embedding = self.embedding_head(read)  # (b, d)
+        if self.speech is not None:
+            embedding = embedding + self.voice * self.speech(features)
         if self.vocabulary_head is not None and self.arrangement == "sequential":
             logits = self.vocabulary_head(embedding)
+        if self.named:
+            logits = logits + self.speech.log_odds(features)
         return F.normalize(embedding.float(), dim=1), logits
 
-    def probe(self, features, target, ridge=0.01):
-        """Start the embedding head at the ridge regression of targets on features.
+    def blocks(self, features):
+        """Return what the heads read, one or two blocks (b, p), each regularised on its own."""
+        if self.reads == "features":
+            return [features]
+        spoken = F.normalize(self.speech(features), dim=1)
+        both = self.reads == "both"
+        return [F.normalize(features.float(), dim=1), spoken] if both else [spoken]
+
+    def only_speak(self):
+        """Become the zero-shot reader: the speech alone answers, nothing has been learnt."""
+        with torch.no_grad():
+            self.embedding_head.weight.zero_()
+            self.embedding_head.bias.zero_()
+            self.voice.fill_(1)
+
+    def probe(self, features, target, held=None, shrink=0.01):
+        """Start the embedding head at the ridge regression of targets on what it reads.
 
         That is linear probing, then fine-tuning. Differs from the paper: its head starts at random,
         and its training has a thousand times as many steps to mend the features that the first,
@@ -67,19 +109,88 @@ class PromptRegressor(nn.Module):
         ----------
         features : Tensor (n, p)
         target : Tensor (n, d)
-        ridge : float
-            Strength, as a share of the features' total variance.
+        held : tuple of Tensor (v, p) and Tensor (v, d), optional
+            Validation features and targets, on which each block's strength is chosen, and what
+            `speech` has to choose: its temperature, and the voice it has in the prediction.
+        shrink : float
+            Without `held`: the penalty, as a share of the features' mean variance.
         """
-        features, target = features.double(), target.double()
-        centre, middle = features.mean(dim=0), target.mean(dim=0)
-        centred = features - centre
-        gram = centred.T @ centred
-        gram.diagonal().add_(ridge * len(features) * centred.var())
-        weight = torch.linalg.solve(gram, centred.T @ (target - middle)).T  # (d, p)
+        if held is None:
+            weight, bias = ridge(self.blocks(features), target, shrink=shrink)
+        else:
+            weight, bias = self._choose(features, target, *held)
         with torch.no_grad():
             self.embedding_head.weight.zero_()  # in "concat", what reads logits starts silent
             self.embedding_head.weight[:, : weight.shape[1]] = weight
-            self.embedding_head.bias.copy_(middle - weight @ centre)
+            self.embedding_head.bias.copy_(bias)
+
+    def _choose(self, features, target, seen, truth):
+        """Return the regression (W, b) that is best on validation pairs; set the speech's two."""
+
+        def score(pred):
+            return F.cosine_similarity(pred, truth.double()).mean().item()
+
+        if self.speech is not None:
+            how_warm = {}
+            for temperature in TEMPERATURES:
+                self.speech.temperature.fill_(temperature)
+                how_warm[temperature] = score(self.speech(seen).double())
+            self.speech.temperature.fill_(max(how_warm, key=how_warm.get))
+        blocks, held = self.blocks(features), torch.cat(self.blocks(seen), dim=1).double()
+        strengths, tried = [STRENGTHS[len(STRENGTHS) // 2]] * len(blocks), {}
+        for block in list(range(len(blocks))) * 2:  # one after the other, twice
+            for strength in STRENGTHS:
+                choice = (*strengths[:block], strength, *strengths[block + 1 :])
+                if choice not in tried:
+                    weight, bias = ridge(blocks, target, choice)
+                    tried[choice] = score(held @ weight.T + bias), weight, bias
+            strengths = max(tried, key=lambda choice: tried[choice][0])
+        _, weight, bias = tried[strengths]
+        if self.speech is not None:
+            pred, said = held @ weight.T + bias, self.speech(seen).double()
+            self.voice.fill_(max(VOICES, key=lambda voice: score(pred + voice * said)))
+        return weight, bias
+
+
+TEMPERATURES = (0.5, 1.0, 1.5, 2.0)
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+VOICES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+
+
+def ridge(blocks, target, strengths=None, shrink=0.01):
+    """Return W (d, p) and b (d,), the ridge regression of targets on blocks of features.
+
+    min_W |Y - X W^T - b|^2 + sum_j |W_j|^2 v_j / s_j over the blocks j, with v_j the variance of a
+    block, summed over its features: s_j is how much more than noise the block is trusted to tell.
+
+    Parameters
+    ----------
+    blocks : list of Tensor (n, p_j)
+    target : Tensor (n, d)
+    strengths : sequence of float, optional
+        s_j; by default, one penalty for all features.
+    shrink : float
+        That penalty, as a share of the features' mean variance.
+    """
+    X, Y = torch.cat(blocks, dim=1).double(), target.double()  # (n, p), (n, d)
+    centre, middle = X.mean(dim=0), Y.mean(dim=0)
+    X, Y = X - centre, Y - middle
+    if strengths is None:
+        penalty = X.new_full((X.shape[1],), shrink * len(X) * X.var())
+    else:
+        parts = X.split([block.shape[1] for block in blocks], dim=1)
+        variances = [part.square().mean(dim=0).sum().item() for part in parts]
+        shares = zip(parts, variances, strengths, strict=True)
+        penalty = torch.cat([torch.full_like(part[0], v / s) for part, v, s in shares])
+    if len(X) < X.shape[1]:  # the smaller of two equal systems
+        kernel = (X / penalty) @ X.T
+        kernel.diagonal().add_(1)
+        weight = ((X / penalty).T @ torch.linalg.solve(kernel, Y)).T
+    else:
+        gram = X.T @ X
+        gram.diagonal().add_(penalty)
+        weight = torch.linalg.solve(gram, X.T @ Y).T
+    return weight, middle - weight @ centre
 
 
 def joint_loss(embedding, logits, target, labels, weight=0.1, huber=0.0):
