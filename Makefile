@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce publish test slow lab lint bench mini-world clean
+.PHONY: help reproduce publish publish-real test slow lab lint bench mini-world clean
 
 help:
 	@echo "make reproduce  every notebook, results below runs/ (PROFILE=smoke|mini|paper, JOBS=2)"
@@ -31,7 +31,7 @@ JOBS ?= $(shell if command -v nvidia-smi >/dev/null || [ $(CORES) = 1 ]; then ec
 # A notebook that runs beside another takes its share of the cores.
 SHARE = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $(CORES) / $(JOBS) ))}
 # In this order make starts what is ready; what takes longest stands early.
-NUMBERS := 00 03 01 02 04 08 05 07 06 09
+NUMBERS := 00 03 01 02 04 08 05 07 06 09 10
 RUNS := $(NUMBERS:%=run-%)
 
 .PHONY: $(RUNS) notebooks
@@ -40,6 +40,7 @@ run-05: run-01
 run-06: run-01 run-02 run-03 run-04
 run-07: run-04
 run-08: run-03
+run-10: run-01
 run-09: run-00 run-01 run-02 run-03 run-04 run-05 run-06 run-07 run-08
 $(RUNS): run-%:
 	@$(SHARE) $(BIN)/rsd run $* -p profile $(PROFILE) $(ARGUMENTS_$*) 2>&1 | sed -u 's/^/$* | /'; exit $${PIPESTATUS[0]}
@@ -51,12 +52,19 @@ reproduce: $(READY)
 	@$(BIN)/rsd tables --profile $(PROFILE)
 
 # The one way into figures/ and the README's tables. Runs that are there are not trained again.
+# REAL and UNSHOWN are folders of real pairs: their scores go into figures/, of REAL pictures too.
 publish: $(READY)
 	@$(MAKE) --no-print-directory -j$(JOBS) notebooks PROFILE=mini \
-	  $(foreach n,$(NUMBERS),ARGUMENTS_$(n)='-p figures figures $(PUBLISH_$(n))')
+	  $(foreach n,$(filter-out 10,$(NUMBERS)),ARGUMENTS_$(n)='-p figures figures $(PUBLISH_$(n))')
 	@$(BIN)/rsd run 07 -p figures runs/mini/paper-rate -p lr 1e-4 -p count 150 -p places "[1, 0.5]"
 	@cp runs/mini/paper-rate/07_unet_swap.json figures/07_unet_swap_1e-4.json
+	@$(MAKE) --no-print-directory publish-real
+
+publish-real: $(READY)
+	@for folder in $(REAL); do $(BIN)/rsd run 10 -p source $$folder -p figures figures || exit 1; done
+	@for folder in $(UNSHOWN); do $(BIN)/rsd run 10 -p source $$folder -p figures figures -p shown false || exit 1; done
 	@$(BIN)/rsd tables --figures figures --write README.md
+
 PUBLISH_01 := -p sweep true
 PUBLISH_05 := -p seeds 3
 PUBLISH_07 := -p count 500 -p seeds 2

@@ -235,11 +235,15 @@ def tables(profile: AnySize = "mini", figures: Path | None = None, write: Path |
     from rsdlib.analysis import tables
 
     folder = figures or experiment.results_folder(config.profile(profile))
-    found = tables.collect(folder)
+    shown = {"tables": tables.markdown(tables.collect(folder))}
+    shown["real pictures"] = tables.real_pictures(folder)
     if write is None:
-        print(tables.markdown(found))
+        print(*filter(None, shown.values()), sep="\n")
         return
-    files.write_text(write, tables.insert(write.read_text(encoding="utf-8"), found))
+    text = write.read_text(encoding="utf-8")
+    for place, content in shown.items():
+        text = tables.insert(text, place, content) if content else text
+    files.write_text(write, text)
     runtime.log(f"tables of {files.relative(folder)}: {write}")
 
 

@@ -40,6 +40,25 @@ class Prediction:
         """Which pictures are of the kind that the model was trained on: (n,) bool, or None."""
         return None if self.distances is None else self.distances <= 1
 
+    def lines(self, i, name, prompt=""):
+        """Return what was read in picture `i` as text to stand below it.
+
+        Parameters
+        ----------
+        i : int
+        name : str
+            Of the reader; a picture that it does not know the kind of is marked.
+        prompt : str
+            The true one, where it is known: words that stand in it are written in capitals.
+        """
+        said = [word for word, _ in self.words[i]]
+        right = data.Vocabulary(tuple(said)).encode([prompt])[0]
+        said = [w.upper() if is_right else w for w, is_right in zip(said, right, strict=True)]
+        known = self.distances is None or self.in_domain[i]
+        lines = [f"{name if known else f'{name} (unlike)'}: {', '.join(said)}"]
+        lines += [f"   nearest: {near[:90]}" for near, _ in self.prompts[i][:1]]
+        return "\n".join(lines)
+
     def table(self, images):
         """Return a DataFrame to save: one row an image, no embeddings.
 

@@ -54,7 +54,7 @@ while [ -n "$beside" ] && [ ! -e "$beside.begun" ]; do sleep 0.02; done
 [ "$number" != "$FAILS" ] || { echo "rsd: $number failed"; exit 1; }
 echo "$OMP_NUM_THREADS $*" > "./$number.done"
 """
-NUMBERS = [f"{number:02}" for number in range(10)]
+NUMBERS = [f"{number:02}" for number in range(11)]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_make_runs_side_by_side_what_does_not_wait(house):
 
 
 READS = {"01": ["00"], "05": ["01"], "06": ["01", "02", "03", "04"], "07": ["04"], "08": ["03"]}
-READS["09"] = NUMBERS[:-1]
+READS |= {"09": NUMBERS[:9], "10": ["01"]}
 
 
 def test_publish_alone_writes_the_figures_and_the_tables(house):
@@ -100,13 +100,16 @@ def test_publish_alone_writes_the_figures_and_the_tables(house):
     (house / "runs/mini/paper-rate/07_unet_swap.json").write_text("{}")
     done = make(house, goals=("publish",))
     assert done.returncode == 0, done.stdout + done.stderr
-    for number in set(NUMBERS) - {"07"}:
+    for number in set(NUMBERS) - {"07", "10"}:  # 10 is for folders of real pictures
         assert "-p profile mini -p figures figures" in (house / f"{number}.done").read_text()
     assert "-p seeds 3" in (house / "05.done").read_text()
     assert "-p sweep true" in (house / "01.done").read_text()
     assert "-p lr 1e-4" in (house / "07.done").read_text()
     assert (house / "figures/07_unet_swap_1e-4.json").read_text() == "{}"
     assert "tables --figures figures --write README.md" in (house / "--figures.done").read_text()
+    assert "-p figures" not in (house / "10.done").read_text()
+    assert make(house, "REAL=a/b", "UNSHOWN=c", goals=("publish-real",)).returncode == 0
+    assert "-p source c -p figures figures -p shown false" in (house / "10.done").read_text()
     for path in house.glob("*.done"):
         path.unlink()
     assert make(house, goals=("reproduce",)).returncode == 0

@@ -1,4 +1,4 @@
-"""Pictures of another kind are told; runs are chosen; folders and prompts come from several places."""
+"""Pictures of another kind, which run answers, pairs and prompts from several places."""
 
 import dataclasses
 import gzip
@@ -104,7 +104,6 @@ def test_values_that_are_no_rows_are_refused(domain, shape):
         domain.distance({**views(5, 5), "texture": np.zeros(shape)})
 
 
-@pytest.mark.xfail(strict=True, reason="numpy's ValueError: the width is not checked")
 def test_rows_of_another_width_are_refused(domain):
     with pytest.raises(BadValueError, match="texture"):
         domain.distance({**views(5, 5), "texture": np.zeros((5, 7))})
@@ -114,16 +113,27 @@ def test_few_pictures_with_many_features_still_have_a_distance():
     """Fewer pictures than features: a plain covariance has no inverse."""
     known, held = {"features": cloud(30, 200, seed=1)}, {"features": cloud(10, 200, seed=2)}
     domain = Domain.fit(known, held)
-    assert np.isfinite(domain.distance(held)).all()
-    assert (domain.distance(held) <= 1).all()
+    np.testing.assert_array_less(domain.distance(held), 1.001)
     assert (domain.distance({"features": cloud(10, 200, seed=3, shift=300.0)}) > 1).all()
 
 
-@pytest.mark.xfail(strict=True, reason="a covariance of zero has the precision zero: all is inside")
-def test_another_picture_than_the_only_one_is_outside():
-    same = texture(np.full((20, 3, 64, 64), 100, np.uint8))
-    domain = Domain.fit({"texture": same}, {"texture": same[:5]})
-    assert (domain.distance({"texture": same}) <= 1).all()
+@pytest.mark.parametrize("n", [10, 30, 49])
+def test_the_farthest_of_few_validation_pictures_is_not_outside(n):
+    """Two of a hundred may be outside: of fewer than fifty none."""
+    outside = []
+    for seed in range(20):
+        held = views(n, 50 + seed)
+        outside.append((Domain.fit(views(100, 1), held).distance(held) > 1).sum())
+    assert not any(outside)
+
+
+@pytest.mark.parametrize(("values", "n"), [((100,), 40), ((60, 180), 16)])
+def test_flat_pictures_of_few_colours_are_a_kind_too(values, n):
+    """Their textures have no variance, or one direction of it."""
+    flat = [np.full((3, 64, 64), value, np.uint8) for value in np.resize(values, n)]
+    same = texture(np.stack(flat))
+    domain = Domain.fit({"texture": same}, {"texture": same[:8]})
+    np.testing.assert_array_less(domain.distance({"texture": same}), 1.001)
     noise = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), dtype=np.uint8)
     assert (domain.distance({"texture": texture(noise)}) > 1).all()
 
@@ -260,19 +270,43 @@ def noise(seed=0):
     return Image.fromarray(pixels)
 
 
-def test_squares_are_what_it_was_trained_on_and_noise_is_not(run, tmp_path):
+def square(colour):
+    return Image.new("RGB", (90, 80), COLOURS[colour])
+
+
+def test_squares_are_what_it_was_trained_on_and_noise_is_not(run):
     predictor = predict.Predictor.load(run, device="cpu")
-    own = [Image.new("RGB", (90, 80), pixel) for pixel in COLOURS.values()]
-    seen = predictor.predict([*own, noise(0), noise(1)])
-    np.testing.assert_array_equal(seen.in_domain, [True] * 4 + [False] * 2)
+    pictures = [square("red"), square("green"), noise(0), noise(1)]
+    seen = predictor.predict(pictures)
+    assert seen.in_domain.tolist() == [True, True, False, False]
     np.testing.assert_array_equal(seen.in_domain, seen.distances <= 1)
-    assert seen.distances.shape == (6,)
-    table = seen.table(["a", "b", "c", "d", "e", "f"])
-    assert table["in_domain"].tolist() == seen.in_domain.tolist()
-    one = predictor.predict([noise(1)], batch_size=1)
-    np.testing.assert_allclose(one.distances, seen.distances[-1:], rtol=1e-3)
-    chunks = predictor.predict([*own, noise(0), noise(1)], batch_size=4)
-    np.testing.assert_allclose(chunks.distances, seen.distances, rtol=1e-3)
+    assert seen.table("abcd")["in_domain"].tolist() == seen.in_domain.tolist()
+    assert (seen.distances[2:] > 100).all()
+    one_by_one = predictor.predict(pictures, batch_size=1)
+    np.testing.assert_allclose(one_by_one.distances, seen.distances, rtol=1e-3)
+
+
+def test_every_square_that_it_was_trained_on_is_inside(run):
+    """Grey is 1.00000002 away: the farthest of few."""
+    predictor = predict.Predictor.load(run, device="cpu")
+    assert predictor.predict([square(colour) for colour in COLOURS]).in_domain.all()
+
+
+def test_a_frozen_encoders_own_pictures_are_inside_too(tmp_path):
+    """Its features are stored in half precision; the predictor's are not."""
+    import tiny
+
+    (tmp_path / "clip").mkdir()
+    clip = config.BackboneConfig("open_clip", str(tiny.clip(tmp_path / "clip")), fine_tune="never")
+    head = config.HeadConfig(probe=True, reads="both", chosen=True, named_below=10**6)
+    profile = small(squares(tmp_path / "squares"))
+    profile = config.replace(profile, backbones={"it": clip}, head=head)
+    run = experiment.train(profile, "it", experiment.prepare(profile.data))
+    predictor = predict.Predictor.load(run, device="cpu")
+    seen = predictor.predict([*(square(colour) for colour in COLOURS), noise()])
+    np.testing.assert_array_less(seen.distances[:4], 1.02)
+    assert seen.distances[4] > 10
+    assert len(seen.words[0]) == 8
 
 
 def test_no_picture_is_neither_inside_nor_outside(run):
@@ -313,8 +347,8 @@ def test_a_finished_run_without_its_domain_learns_it_again(run, trained):
 @pytest.mark.parametrize("strange", [True, False])
 @pytest.mark.parametrize("format", ["text", "json", "csv"])
 def test_the_command_warns_of_pictures_of_another_kind(format, strange, run, tmp_path, capsys):
-    Image.new("RGB", (64, 64), COLOURS["red"]).save(tmp_path / "a.png")
-    Image.new("RGB", (64, 64), COLOURS["blue"]).save(tmp_path / "b.png")
+    square("red").save(tmp_path / "a.png")
+    square("green").save(tmp_path / "b.png")
     paths = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
     if strange:
         noise().save(tmp_path / "c.png")
@@ -345,8 +379,7 @@ def test_nearest_prompts_can_be_those_of_any_file(run, tmp_path, capsys):
     prompts = ["a red house, oil painting", "quantum chromodynamics lecture notes", "a blue boat"]
     (tmp_path / "bank.txt").write_text("\n".join(prompts))
     predictor = predict.Predictor.load(run, device="cpu", bank=tmp_path / "bank.txt")
-    (tmp_path / "red.png").parent.mkdir(exist_ok=True)
-    Image.new("RGB", (64, 64), COLOURS["red"]).save(tmp_path / "red.png")
+    square("red").save(tmp_path / "red.png")
     seen = predictor.predict(tmp_path / "red.png")
     cosines = seen.embeddings[0] @ data.embed(prompts).T
     order = np.argsort(-cosines)
@@ -464,7 +497,7 @@ def test_an_id_in_two_folders_is_refused_by_name(tmp_path):
         load_pairs(f"{first}{os.pathsep}{second}")
     with pytest.raises(BadTableError, match="more than one folder"):
         load_pairs(f"{first}{os.pathsep}{first}")
-    with pytest.raises(BadTableError, match="there is no folder .*third"):
+    with pytest.raises(BadTableError, match=r"there is no folder .*third"):
         load_pairs(f"{first}{os.pathsep}{tmp_path / 'third'}")
 
 

@@ -73,6 +73,7 @@ OTHERS = {
     "07_unet_swap": ("count", 2, "steps", 4, "places", "[1, 0.5]"),
     "08_captioning": (),
     "09_paper_figures": (),
+    "10_your_pictures": ("turns", 2, "seeds", 1),
 }
 
 
@@ -92,10 +93,10 @@ def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained
         assert done.returncode == 0, f"{name}: {done.stderr}"
     (folder,) = (trained / "runs/smoke").glob("figures-*")
     assert {path.name[:2] for path in folder.glob("*.png")} == {
-        f"{number:02}" for number in range(10)
+        f"{number:02}" for number in range(11)
     }
     assert {path.name[:2] for path in folder.glob("*.json")} == {
-        f"{number:02}" for number in range(1, 9)
+        f"{number:02}" for number in (*range(1, 9), 10)
     }
     done = rsd("tables", "--profile", "smoke", cwd=trained)
     assert done.stdout.count("| method |") == 5

@@ -122,9 +122,10 @@ def test_ensembles_are_the_single_scores_of_the_framework():
 
 
 def test_the_stored_results_fill_the_readme():
-    """A fresh clone has all five tables, and the README shows them."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert tables.insert(readme, tables.collect(REPOSITORY / "figures")) == readme
+    """A fresh clone has all five tables and those of real pictures; the README shows them."""
+    readme, figures = (REPOSITORY / "README.md").read_text(encoding="utf-8"), REPOSITORY / "figures"
+    assert tables.insert(readme, "tables", tables.markdown(tables.collect(figures))) == readme
+    assert tables.insert(readme, "real pictures", tables.real_pictures(figures)) == readme
 
 
 def test_missing_results_are_named(stored):
@@ -134,14 +135,40 @@ def test_missing_results_are_named(stored):
 
 
 def test_tables_go_between_their_marks_and_nowhere_else(stored):
-    collected = tables.collect(stored)
-    text = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
-    once = tables.insert(text, collected)
+    collected = tables.markdown(tables.collect(stored))
+    begin, end = (mark.format("tables") for mark in (tables.BEGIN, tables.END))
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    once = tables.insert(text, "tables", collected)
     assert once.startswith("before\n")
     assert once.endswith("\nafter\n")
     assert "old" not in once
     assert once.count("| method |") == 5
     assert "| CBS | 0.3127 [0.3027, 0.3227] |  | 0.6254 |" in once
-    assert tables.insert(once, collected) == once
+    assert tables.insert(once, "tables", collected) == once
     with pytest.raises(CacheError, match="no place for tables"):
-        tables.insert("nothing", collected)
+        tables.insert("nothing", "tables", collected)
+
+
+def test_real_pictures_are_shown_by_folder(stored):
+    assert tables.real_pictures(stored) == ""
+    ranks = {"median_rank": 2.0, "candidates": 40, "recall@1": 0.4}
+    gain = {"difference": estimate(0.1), "p": 0.01}
+    rows = [
+        {"method": "mean embedding", "cosine": estimate(0.4), **ranks},
+        {
+            "method": "lite",
+            "cosine": estimate(0.5),
+            "gain over mean embedding": gain,
+            **ranks,
+        },
+    ]
+    part = {"cosine": 0.5, "gain over constant": "+0.1", "median rank": 3, "of": 50, "first": 0.3}
+    splits = {"split 0": part, "all": part, "somebody": part}
+    write(stored, "10_wild", table=rows, splits=splits, turns=5)
+    text = tables.real_pictures(stored)
+    assert "**`wild`**" in text
+    assert "| lite | 0.5000 [0.4900, 0.5100] | +0.1000 [+0.0900, +0.1100] over mean" in text
+    assert "p = 0.01 | 2 of 40 | 40% |" in text
+    assert "| 5 splits, all | 0.5000 | +0.1 | 3 of 50 | 30% |" in text
+    assert "somebody" in text
+    assert "split 0" not in text

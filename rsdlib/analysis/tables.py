@@ -168,17 +168,50 @@ def markdown(tables):
     return "\n".join(lines)
 
 
-BEGIN, END = "<!-- tables: written by rsd tables -->", "<!-- end of tables -->"
+def real_pictures(folder):
+    """Return what notebook 10 stored of folders of real pictures, as Markdown.
+
+    Parameters
+    ----------
+    folder : path-like
+        Of the figures: with ``10_<name of a folder>.json``; without any, the answer is empty.
+
+    Returns
+    -------
+    str
+    """
+    lines = []
+    for path in sorted(files.resolve_path(folder).glob("10_*.json")):
+        stored = files.read_json(path)
+        lines += [f"**`{path.stem[3:]}`**, a split by prompt", ""]
+        lines += ["| reader | cosine | gain, paired test | true prompt: median rank | first |"]
+        lines += ["|---|---|---|---|---|"]
+        for row in stored["table"]:
+            rank = f"{row['median_rank']:g} of {row['candidates']}"
+            cells = [row["method"], str(Estimate(**row["cosine"])), _shown(gains(row)) or ""]
+            lines.append(f"| {' | '.join(map(str, cells))} | {rank} | {row['recall@1']:.0%} |")
+        for name, row in stored["splits"].items():
+            rank = f"{row['median rank']:g} of {row['of']}"
+            cells = [f"{stored['turns']} splits, {name}", f"{row['cosine']:.4f}"]
+            cells += [row["gain over constant"], rank, f"{row['first']:.0%}"]
+            lines += [f"| {' | '.join(cells)} |"] if not name.startswith("split") else []
+        lines.append("")
+    return "\n".join(lines)
 
 
-def insert(text, tables):
-    """Return a Markdown text with the tables between its two marks.
+BEGIN, END = "<!-- {}: written by rsd tables -->", "<!-- end of {} -->"
+
+
+def insert(text, place, content):
+    """Return a Markdown text with other content between two of its marks.
 
     Parameters
     ----------
     text : str
-    tables : dict of str to list of dict
-        See `collect`.
+    place : str
+        What stands there: ``"tables"`` or ``"real pictures"``.
+    content : str
+        Markdown.
 
     Returns
     -------
@@ -189,8 +222,9 @@ def insert(text, tables):
     CacheError
         The marks are not there.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        fix = f"Put the lines {BEGIN!r} and {END!r} into it."
-        raise CacheError("the file has no place for tables", fix)
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{markdown(tables)}\n{END}{rest.split(END)[1]}"
+    begin, end = BEGIN.format(place), END.format(place)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        fix = f"Put the lines {begin!r} and {end!r} into it."
+        raise CacheError(f"the file has no place for {place}", fix)
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n{end}{rest.split(end)[1]}"

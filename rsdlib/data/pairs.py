@@ -340,7 +340,8 @@ def load_prompts(path):
     table = next((path / name for name in _TABLES if (path / name).is_file()), path)
     where = files.relative(table)
     if table.suffix in (".parquet", ".csv", ".jsonl"):
-        prompts = _column(_read_table(table), where, "prompt", _PLAIN["prompt"]).dropna()
+        columns = ["prompt"] if table.name in _TABLES[:2] else None  # of DiffusionDB's thirteen
+        prompts = _column(_read_table(table, columns), where, "prompt", _PLAIN["prompt"]).dropna()
     else:
         opener = gzip.open if table.suffix == ".gz" else open
         broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
@@ -360,12 +361,12 @@ _BROKEN = (*_BROKEN, pyarrow.ArrowException)
 _FIX = "Write or download it again."
 
 
-def _read_table(path):
+def _read_table(path, columns=None):
     where = files.relative(path)
     broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
     with broken, path.open("rb") as stream:
         if path.suffix == ".parquet":
-            return pd.read_parquet(stream)
+            return pd.read_parquet(stream, columns=columns)
         if path.suffix == ".csv":  # None, null and NA stay words
             return pd.read_csv(stream, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         lines = stream.read().decode("utf-8-sig").split("\n")

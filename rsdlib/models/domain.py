@@ -6,6 +6,7 @@ from rsdlib import files
 from rsdlib.errors import BadValueError
 
 _SPARED, _EACH = 0.98, 0.99  # shares of the validation pictures inside: of all, and of each view
+_ROUNDING = 1.001  # stored features are rounded
 
 
 def texture(images):
@@ -38,8 +39,8 @@ class Domain:
     """The pictures that a model knows, each seen from several sides, such as features and texture.
 
     A picture's distance is its largest Mahalanobis distance over the views, each in units of what
-    one validation picture in a hundred exceeds; scaled so that validation pictures reach 1 in two
-    cases of a hundred. Covariances are shrunk (Ledoit and Wolf, 2004).
+    one validation picture in a hundred exceeds; scaled so that at most two validation pictures in a
+    hundred lie beyond 1. Covariances are shrunk (Ledoit and Wolf, 2004).
 
     Parameters
     ----------
@@ -68,15 +69,19 @@ class Domain:
 
         arrays = {"edge": np.ones((), np.float32)}
         for view, rows in known.items():
-            fitted = LedoitWolf().fit(_checked(rows, view))
+            fitted = LedoitWolf(store_precision=False).fit(_checked(rows, view))
+            spread = fitted.covariance_
+            noise = 1e-4 * spread.trace() / len(spread) + 1e-6  # flat pictures have one texture
+            precision = np.linalg.inv(spread + noise * np.eye(len(spread)))
             arrays[f"{view}.centre"] = fitted.location_.astype(np.float32)
-            arrays[f"{view}.precision"] = fitted.precision_.astype(np.float32)
+            arrays[f"{view}.precision"] = precision.astype(np.float32)
             arrays[f"{view}.scale"] = np.ones((), np.float32)
         domain = cls(arrays)
         for view, rows in held.items():
             distances = domain._distance(view, rows)
             domain.arrays[f"{view}.scale"] = np.float32(_quantile(distances, _EACH))
-        domain.arrays["edge"] = np.float32(_quantile(domain.distance(held), _SPARED))
+        edge = _quantile(domain.distance(held), _SPARED) * _ROUNDING
+        domain.arrays["edge"] = np.float32(edge)
         return domain
 
     def distance(self, views):
@@ -90,7 +95,10 @@ class Domain:
         return np.max(distances, axis=0) / self.arrays["edge"]
 
     def _distance(self, view, rows):
-        centred = _checked(rows, view) - self.arrays[f"{view}.centre"]
+        rows, centre = _checked(rows, view), self.arrays[f"{view}.centre"]
+        if rows.shape[1] != len(centre):
+            raise BadValueError(f"{view} have {rows.shape[1]} columns, not {len(centre)}")
+        centred = rows - centre
         squared = np.einsum("np,np->n", centred @ self.arrays[f"{view}.precision"], centred)
         return np.sqrt(np.maximum(squared, 0)) / self.arrays[f"{view}.scale"]
 

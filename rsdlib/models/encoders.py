@@ -263,7 +263,8 @@ def _clip(config, pretrained):
         options.pop(ours, None)
     name = _name(config, _CLIP, pretrained)
     with _naming(config):
-        return open_clip.create_model(name, load_weights=pretrained, **options)
+        how = {"load_weights": pretrained, "require_pretrained": pretrained}
+        return open_clip.create_model(name, **how, **options)
 
 
 def _image_tower(clip, config):

@@ -40,9 +40,11 @@ class Speech(nn.Module):
 
     def log_probabilities(self, features):
         """Map features (b, p) to the classes' log-probabilities (b, k)."""
-        features = F.normalize(features, dim=1) if self.cosines else features
-        scores = F.linear(features.float(), self.weight, self.bias)
-        return F.log_softmax(scores / self.temperature, dim=1)
+        with torch.autocast(features.device.type, enabled=False):  # a rounded score is another word
+            features = features.float()
+            features = F.normalize(features, dim=1) if self.cosines else features
+            scores = F.linear(features, self.weight, self.bias)
+            return F.log_softmax(scores / self.temperature, dim=1)
 
     def log_odds(self, features):
         """Map features (b, p) to log p_k / (1 - p_k), what a sigmoid takes back to p_k: (b, k)."""
@@ -51,7 +53,8 @@ class Speech(nn.Module):
 
     def forward(self, features):
         """Map features (b, p) to s(x) (b, d); the surer, the longer."""
-        return self.log_probabilities(features).exp() @ self.embeddings
+        with torch.autocast(features.device.type, enabled=False):
+            return self.log_probabilities(features).exp() @ self.embeddings
 
 
 def open_speech(config, words=()):
