@@ -854,8 +854,10 @@ def _draw_answers(scores, method, prepared, images, count=8):
 
 def about(prepared, seed):
     """Return what every stored result says of itself: its data, the seed, the machine."""
-    return {
-        "source": files.relative(files.resolve_path(prepared.config.source)),
+    parts = prepared.config.source.split(os.pathsep)
+    folders = [files.relative(files.resolve_path(part)) for part in parts]
+    return {  # of folders elsewhere, the name alone
+        "source": ", ".join(Path(f).name if os.path.isabs(f) else f for f in folders),
         "prepared": prepared.key,
         "sizes": prepared.sizes().to_dict("records"),
         "seed": seed,
