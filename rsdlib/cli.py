@@ -398,11 +398,12 @@ def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (),
 
 
 def _print_models(here, specs):
-    rows = [("name", "id on the hub", "revision", "licence", "size", "here")]
+    rows = [("name", "hub or package", "revision", "licence", "size", "here")]
     for name, (where, _) in here.items():
         spec = specs[name]
         size = f"{spec.size / 1e9:.2f} GB" if spec.size else "?"
-        rows.append((name, spec.hub, (spec.revision or "main")[:12], spec.licence, size, where))
+        source, revision = spec.hub or spec.package, (spec.revision or "-")[:12]
+        rows.append((name, source, revision, spec.licence, size, where))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
