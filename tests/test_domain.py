@@ -40,7 +40,7 @@ def domain():
 def test_hardly_any_validation_picture_is_outside_and_the_limit_is_met(domain):
     distances = domain.distance(views(500, 2))
     assert 0 < (distances > 1).mean() <= 0.02
-    assert np.isclose(distances, 1).any()
+    assert np.isclose(distances, 1, rtol=2e-3).any()
     assert (domain.distance(views(2000, 3)) > 1).mean() < 0.05  # nor of the unseen of the kind
 
 

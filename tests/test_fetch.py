@@ -244,7 +244,8 @@ def interrupt(world, how, name, byte):
         process = command(world)
         assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
     else:
-        assert fetched(world, "--parts", 5) == {"Ctrl-C": 130, "cut": 3}[how]
+        # A connection may break before its Ctrl-C arrives.
+        assert fetched(world, "--parts", 5) in {"Ctrl-C": (130, 3), "cut": (3,)}[how]
         assert not [*world.folder.rglob("*.incomplete")]  # nor one of a process killed before
     world.fault = None
 
@@ -493,11 +494,16 @@ def test_check_names_zips_that_are_hostile_or_none(world, capsys):
 VIT, SD = "vit_base_patch16_224.augreg_in21k_ft_in1k", "stable-diffusion-v1-4"
 
 
+def on_the_hub():
+    """Return the registered models that no package alone carries."""
+    return {name: spec for name, spec in weights.MODELS.items() if spec.hub}
+
+
 @pytest.fixture
 def models(online, tmp_path, monkeypatch):
     """Yield a hub that serves small files under the real ids, with much that nobody needs."""
     folders = {}
-    for name, spec in weights.MODELS.items():
+    for name, spec in on_the_hub().items():
         folder = folders[spec.hub] = tmp_path / "models" / name
         wanted = [file.replace("*", "settings.json") for file in spec.files]
         large = [file for file in wanted if hub.LARGE & {file[file.rindex(".") :]}]
@@ -518,7 +524,8 @@ def models(online, tmp_path, monkeypatch):
 
 
 def test_every_model_is_pinned_and_says_which_files_it_needs():
-    for name, spec in weights.MODELS.items():
+    assert all(spec.hub or (spec.checkpoint in spec.sha256) for spec in weights.MODELS.values())
+    for name, spec in on_the_hub().items():
         assert re.fullmatch("[0-9a-f]{40}", spec.revision), name
         assert spec.files, name
         assert spec.size > 10**7, name
@@ -529,8 +536,8 @@ def test_every_model_is_pinned_and_says_which_files_it_needs():
 
 
 def test_models_come_with_the_needed_files_alone(models, capsys):
-    assert run("models", "fetch", *weights.MODELS) == 0
-    for name, spec in weights.MODELS.items():
+    assert run("models", "fetch", *on_the_hub()) == 0
+    for name, spec in on_the_hub().items():
         where, folder = weights.whereabouts(name)
         assert where == "cache"
         assert folder.name == spec.revision
@@ -538,7 +545,7 @@ def test_models_come_with_the_needed_files_alone(models, capsys):
         assert found == {file.replace("*", "settings.json") for file in spec.files}
     capsys.readouterr()
     models.asked.clear()
-    assert run("models", "fetch", *weights.MODELS) == 0
+    assert run("models", "fetch", *on_the_hub()) == 0
     assert weights.locate(VIT) == weights.whereabouts(VIT)[1]
     assert not models.asked
 
@@ -554,7 +561,7 @@ def test_models_are_listed_with_where_they_are(models, tmp_path, monkeypatch, ca
     head, *lines = capsys.readouterr().out.splitlines()
     here = {line.split()[0]: line.split()[-1] for line in lines}
     found = {VIT: "cache", "ViT-H-14": "folder", "ViT-B-32": "package"}
-    assert here == dict.fromkeys(weights.MODELS, "no") | found
+    assert {name: here[name] for name in on_the_hub()} == dict.fromkeys(on_the_hub(), "no") | found
     vit = next(line for line in lines if line.startswith(VIT))
     assert vit.split()[1:] == [f"timm/{VIT}", "2ec9fb3d7bb6", "Apache-2.0", "0.35", "GB", "cache"]
     assert head.index("here") == vit.index("cache")
