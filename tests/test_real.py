@@ -139,7 +139,7 @@ def test_another_template_is_read_as_well(sd14, workplace, name):
     shares = [f["gain"] / (1 - f["cosine"] + f["gain"]) for f in (other, sd14)]
     print(f"of what the constant answer leaves, read: {shares[0]:.3f} and {shares[1]:.3f}")
     assert abs(shares[0] - shares[1]) <= 0.1
-    assert abs(other["first"] - sd14["first"]) <= 0.1
+    assert other["first"] >= 0.6  # of other test prompts: the split goes by the prompt
     assert other["median rank"] == 1
     if name == "picture":
         assert abs(other["gain"] - sd14["gain"]) <= 0.02
