@@ -356,9 +356,10 @@ def at_hand(profile, backbones):
             there.append(name)
             continue
         from_hub = bool(models.MODELS[model].hub)
+        if from_hub and not asking:
+            runtime.log(f"{name} is left out: the weights of {model} are not here")
+            continue
         try:
-            if from_hub and not asking:
-                raise ModelNotFoundError(f"the weights of {model} are not here")
             models.locate(model)
             there.append(name)
         except ModelNotFoundError as error:

@@ -139,11 +139,13 @@ class Predictor:
         model, recipe = _open(folder, captions=False, encoder=encoder)
         if captioner is not None:
             captioner, _ = _open(files.resolve_path(captioner), captions=True)
-        known_prompts = _known_prompts(folder, recipe) if bank is None else cls._bank(bank, device)
-        bank, embeddings = known_prompts
+        if bank is None:
+            prompts, embeddings = _known_prompts(folder, recipe)
+        else:
+            prompts, embeddings = cls._bank(bank, device)
         known = folder / experiment.DOMAIN
         domain = models.Domain.load(known) if known.exists() else None
-        return cls(model, recipe.words, bank, embeddings, device, captioner, domain)
+        return cls(model, recipe.words, prompts, embeddings, device, captioner, domain)
 
     @classmethod
     def untrained(cls, backbone, bank=None, device="auto"):
@@ -317,17 +319,17 @@ def best_run(profile=None, captions=False):
     """
     profiles = PREFERRED if profile is None else (profile,)
     for name in profiles:
-        ranked = _ranked_runs(files.root() / "runs" / name, captions)
-        if ranked:
-            return ranked[0]
+        best = _best(files.root() / "runs" / name, captions)
+        if best is not None:
+            return best
     what = "no captioner" if captions else "nothing"
     notebook = "08_captioning" if captions else "01_train_vit"
     message = f"{what} is trained yet below {' or '.join(f'runs/{name}' for name in profiles)}"
     raise CacheError(message, f"Run: rsd run {notebook}")
 
 
-def _ranked_runs(folder, captions):
-    """Return a profile's runs of a kind on its newest data, the best first."""
+def _best(folder, captions):
+    """Return the best of a profile's runs of a kind on its newest data, None if there is none."""
     ranked, newest = [], {}
     for path in sorted(folder.glob("*/difficulty.parquet")):
         try:
@@ -341,5 +343,5 @@ def _ranked_runs(folder, captions):
             ranked.append((recipe.prepared, says, score, path.parent))
             made = path.stat().st_mtime
             newest[recipe.prepared] = max(made, newest.get(recipe.prepared, made))
-    ranked.sort(key=lambda run: (newest[run[0]], *run[1:]), reverse=True)
-    return [run[-1] for run in ranked]
+    best = max(ranked, key=lambda run: (newest[run[0]], *run[1:]), default=(None,))
+    return best[-1]

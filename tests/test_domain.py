@@ -10,8 +10,8 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import squares
 from PIL import Image, ImageFilter
-from test_experiment import COLOURS, THINGS
 
 from rsdlib import cli, config, data, experiment, files, predict
 from rsdlib.data import load_pairs, load_prompts, prompt_key, split
@@ -226,20 +226,6 @@ def test_what_was_scaled_up_is_told_by_its_texture_alone():
 # --- the predictor --------------------------------------------------------------------------------
 
 
-def squares(folder, things=THINGS):
-    """Write a folder of coloured squares, whose colour is in the prompt."""
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for thing in things:
-        for colour, pixel in COLOURS.items():
-            name = f"{thing}-{colour}.png"
-            Image.new("RGB", (70, 64), pixel).save(folder / name)
-            prompt = f"a {colour} {thing}, oil painting by an old master of {thing}s"
-            rows.append({"file_name": name, "prompt": prompt})
-    pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
-    return folder
-
-
 def small(source, name="smoke"):
     changes = {"val_fraction": 0.2, "test_fraction": 0.2, "near_duplicate": 0.99}
     profile = config.profile("smoke", str(source), **changes)
@@ -253,7 +239,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RSD_ROOT", str(folder))
-        profile = small(squares(folder / "squares"))
+        profile = small(squares.write(folder / "squares"))
         run = experiment.train(profile, "vit", experiment.prepare(profile.data))
     return run
 
@@ -271,7 +257,7 @@ def noise(seed=0):
 
 
 def square(colour):
-    return Image.new("RGB", (90, 80), COLOURS[colour])
+    return Image.new("RGB", (90, 80), squares.COLOURS[colour])
 
 
 def test_squares_are_what_it_was_trained_on_and_noise_is_not(run):
@@ -289,7 +275,7 @@ def test_squares_are_what_it_was_trained_on_and_noise_is_not(run):
 def test_every_square_that_it_was_trained_on_is_inside(run):
     """Grey is 1.00000002 away: the farthest of few."""
     predictor = predict.Predictor.load(run, device="cpu")
-    assert predictor.predict([square(colour) for colour in COLOURS]).in_domain.all()
+    assert predictor.predict([square(colour) for colour in squares.COLOURS]).in_domain.all()
 
 
 def test_a_frozen_encoders_own_pictures_are_inside_too(tmp_path):
@@ -299,11 +285,11 @@ def test_a_frozen_encoders_own_pictures_are_inside_too(tmp_path):
     (tmp_path / "clip").mkdir()
     clip = config.BackboneConfig("open_clip", str(tiny.clip(tmp_path / "clip")), fine_tune="never")
     head = config.HeadConfig(probe=True, reads="both", chosen=True, named_below=10**6)
-    profile = small(squares(tmp_path / "squares"))
+    profile = small(squares.write(tmp_path / "squares"))
     profile = config.replace(profile, backbones={"it": clip}, head=head)
     run = experiment.train(profile, "it", experiment.prepare(profile.data))
     predictor = predict.Predictor.load(run, device="cpu")
-    seen = predictor.predict([*(square(colour) for colour in COLOURS), noise()])
+    seen = predictor.predict([*(square(colour) for colour in squares.COLOURS), noise()])
     np.testing.assert_array_less(seen.distances[:4], 1.02)
     assert seen.distances[4] > 10
     assert len(seen.words[0]) == 8
@@ -502,10 +488,10 @@ def test_an_id_in_two_folders_is_refused_by_name(tmp_path):
 
 
 def test_folders_with_other_columns_go_together_and_are_prepared(tmp_path):
-    first, second = squares(tmp_path / "first", THINGS[:6]), tmp_path / "second"
+    first, second = squares.write(tmp_path / "first", squares.THINGS[:6]), tmp_path / "second"
     second.mkdir()
     rows = []
-    for thing in THINGS[6:]:
+    for thing in squares.THINGS[6:]:
         Image.new("RGB", (8, 8)).save(second / f"{thing}.png")
         prompt = f"one lonely {thing}, black on black, by nobody who ever saw a {thing}"
         rows.append({"file_name": f"{thing}.png", "text": prompt, "artist": "nobody"})
@@ -642,7 +628,7 @@ def test_turn_of_zero_and_of_one_are_the_same_split_and_others_are_not():
 
 
 def test_a_turned_split_is_another_preparation_of_the_same_pairs(tmp_path):
-    profile = small(squares(tmp_path / "squares"))
+    profile = small(squares.write(tmp_path / "squares"))
     plain = experiment.prepare(profile.data)
     turned = experiment.prepare(dataclasses.replace(profile.data, turn=0.2))
     assert turned.key != plain.key

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import squares
 import torch
 from PIL import Image
 
@@ -17,45 +18,11 @@ from rsdlib.errors import (
     ConfigError,
 )
 
-COLOURS = {
-    "red": (200, 30, 30),
-    "green": (30, 160, 30),
-    "blue": (30, 30, 200),
-    "grey": (128, 128, 128),
-}
-THINGS = [
-    "house",
-    "tree",
-    "boat",
-    "castle",
-    "dragon",
-    "flower",
-    "robot",
-    "wizard",
-    "garden",
-    "bridge",
-    "tower",
-    "lake",
-]
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Return a folder of coloured squares: the thing is in the prompt alone, the colour in both."""
-    folder = tmp_path_factory.mktemp("пример dir ☂")
-    rows = []
-    for thing in THINGS:
-        for colour, pixel in COLOURS.items():
-            name = f"{thing}-{colour}.png"
-            Image.new("RGB", (70, 64), pixel).save(folder / name)
-            rows.append(
-                {
-                    "file_name": name,
-                    "prompt": f"a {colour} {thing}, oil painting by an old master of {thing}s",
-                }
-            )
-    pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
-    return folder
+    return squares.write(tmp_path_factory.mktemp("пример dir ☂"))
 
 
 def settings(source, **changes):
@@ -67,7 +34,7 @@ def settings(source, **changes):
 def test_prepared_data_hold_together(source):
     prepared = experiment.prepare(settings(source).data)
     n = len(prepared.pairs)
-    assert n == len(THINGS) * len(COLOURS)
+    assert n == len(squares.THINGS) * len(squares.COLOURS)
     assert prepared.targets.shape == (n, 384)
     np.testing.assert_allclose(np.linalg.norm(prepared.targets, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(prepared.targets, data.embed(prepared.pairs["prompt"]), atol=1e-6)

@@ -5,14 +5,12 @@ import re
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
+import squares
 import tiny
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
-from PIL import Image
-from test_experiment import COLOURS, THINGS
 from torch import nn
 
 from rsdlib import config, data, experiment, files, training, weights
@@ -433,16 +431,7 @@ def test_every_name_of_imagenet_is_found_in_itself():
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Return a folder of coloured squares."""
-    folder = tmp_path_factory.mktemp("squares")
-    rows = []
-    for thing in THINGS:
-        for colour, pixel in COLOURS.items():
-            name = f"{thing}-{colour}.png"
-            Image.new("RGB", (32, 32), pixel).save(folder / name)
-            prompt = f"a {colour} {thing}, oil painting by an old master of {thing}s"
-            rows.append({"file_name": name, "prompt": prompt})
-    pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
-    return folder
+    return squares.write(tmp_path_factory.mktemp("squares"), size=(32, 32))
 
 
 def small(source, backbone, **head):
