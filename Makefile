@@ -56,8 +56,6 @@ reproduce: $(READY)
 publish: $(READY)
 	@$(MAKE) --no-print-directory -j$(JOBS) notebooks PROFILE=mini \
 	  $(foreach n,$(filter-out 10,$(NUMBERS)),ARGUMENTS_$(n)='-p figures figures $(PUBLISH_$(n))')
-	@$(BIN)/rsd run 07 -p figures runs/mini/paper-rate -p lr 1e-4 -p count 150 -p places "[1, 0.5]"
-	@cp runs/mini/paper-rate/07_unet_swap.json figures/07_unet_swap_1e-4.json
 	@$(MAKE) --no-print-directory publish-real
 
 publish-real: $(READY)
@@ -65,9 +63,14 @@ publish-real: $(READY)
 	@for folder in $(UNSHOWN); do $(BIN)/rsd run 10 -p source $$folder -p figures figures -p shown false || exit 1; done
 	@$(BIN)/rsd tables --figures figures --write README.md
 
-PUBLISH_01 := -p sweep true
+PUBLISH_01 := -p seeds 3 -p sweep true
+PUBLISH_02 := -p seeds 3
+PUBLISH_03 := -p seeds 3
+PUBLISH_04 := -p seeds 3
 PUBLISH_05 := -p seeds 3
-PUBLISH_07 := -p count 500 -p seeds 2
+PUBLISH_06 := -p seeds 3
+PUBLISH_08 := -p seeds 3
+PUBLISH_07 := -p seeds 3 -p study long -p brief 3 -p count 500 -p few 50 -p half true
 
 # --- the rest -------------------------------------------------------------------------------------
 

@@ -217,6 +217,15 @@ class Profile:
         changed = replace(self.backbone(name), **changes)
         return replace(self, backbones={**self.backbones, name: changed})
 
+    def with_context(self, name, context):
+        """Return the profile whose U-Net reads an image's "caption" beside it, or "empty" text."""
+        if context not in ("caption", "empty"):
+            raise ConfigError(f"context = {context!r} is unknown", "Use 'caption' or 'empty'.")
+        options = dict(self.backbone(name).options)
+        if context == "empty":
+            options.pop("captioner", None)
+        return self.with_backbone(name, options=options)
+
     def training(self, backbone, **changes):
         """Return the training settings of one backbone, with `changes` on top."""
         return replace(self.train, **{**self.train_overrides.get(backbone, {}), **changes})

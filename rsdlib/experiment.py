@@ -351,16 +351,20 @@ def at_hand(profile, backbones):
     """
     there, asking = [], True
     for name in backbones:
-        model = profile.backbone(name).model
-        if model not in models.MODELS or models.whereabouts(model)[1] is not None:
-            there.append(name)
-            continue
-        from_hub = bool(models.MODELS[model].hub)
+        described = profile.backbone(name)
+        needed = [described.model, described.options.get("captioner")]
+        absent = [
+            model
+            for model in needed
+            if model in models.MODELS and models.whereabouts(model)[1] is None
+        ]
+        from_hub = any(models.MODELS[model].hub for model in absent)
         if from_hub and not asking:
-            runtime.log(f"{name} is left out: the weights of {model} are not here")
+            runtime.log(f"{name} is left out: the weights of {absent[0]} are not here")
             continue
         try:
-            models.locate(model)
+            for model in absent:
+                models.locate(model)
             there.append(name)
         except ModelNotFoundError as error:
             runtime.log(f"{name} is left out: {error}")
@@ -368,25 +372,33 @@ def at_hand(profile, backbones):
     return there
 
 
-def three_ways(profile, backbone, prepared, **options):
+def three_ways(profile, backbone, prepared, *, seed=0, seeds=1, **options):
     """Train a backbone vanilla, with vocabulary head (MLC), and with curriculum as well (CL).
 
     Parameters
     ----------
     profile, backbone, prepared, **options
         See `plan`.
+    seed, seeds : int
+        The first seed, and how many trainings of each kind there are, of one seed after another.
 
     Returns
     -------
-    dict of str to Path
-        Method to run folder, the vanilla run first.
+    dict of str to list of Path
+        Method to run folders, one a seed; the vanilla runs first.
     """
-    vanilla = train(profile, backbone, prepared, **{**options, "weight": 0.0})
-    mlc = train(profile, backbone, prepared, **options)
-    full = train(profile, backbone, prepared, curriculum="ours", **options)
-    if mlc == vanilla:  # with weight 0 they are one run
-        return {backbone: vanilla, f"{backbone} + CL": full}
-    return {backbone: vanilla, f"{backbone} + MLC": mlc, f"{backbone} + MLC + CL": full}
+    runs = {}
+    for number in range(seed, seed + seeds):
+        how = {**options, "seed": number}
+        vanilla = train(profile, backbone, prepared, **{**how, "weight": 0.0})
+        mlc = train(profile, backbone, prepared, **how)
+        full = train(profile, backbone, prepared, curriculum="ours", **how)
+        made = {backbone: vanilla, f"{backbone} + MLC": mlc, f"{backbone} + MLC + CL": full}
+        if mlc == vanilla:  # with weight 0 they are one run
+            made = {backbone: vanilla, f"{backbone} + CL": full}
+        for method, run in made.items():
+            runs.setdefault(method, []).append(run)
+    return runs
 
 
 def plan(
@@ -469,6 +481,50 @@ def plan(
     objective = objective or _objective(model, recipe)
     images = prepared.images(network.image_size, on_bad)
     return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, folder, images)
+
+
+def white_box(
+    profile,
+    prepared,
+    *,
+    context="caption",
+    noised=False,
+    frozen=(),
+    keep=0.0,
+    weight=0.0,
+    **options,
+):
+    """Plan the training of a U-Net encoder that is to go back into its painter.
+
+    Parameters
+    ----------
+    profile : rsdlib.config.Profile
+    prepared : Prepared
+    context : {"caption", "empty"}
+        What it reads beside an image.
+    noised : bool
+        Whether it is trained on latents with the sampler's noise; clean ones are the paper's.
+    frozen : sequence of str
+        Parts that keep their weights, such as ``"unet.conv_in"``.
+    keep : float
+        Weight of the distance to the original's maps, see `rsdlib.models.KeepingObjective`.
+    weight : float
+        Of the vocabulary loss.
+    **options
+        See `plan`.
+
+    Returns
+    -------
+    Trial
+    """
+    profile = profile.with_context("unet", context)
+    read = dict(profile.backbone("unet").options) | ({"noised": True} if noised else {})
+    profile = profile.with_backbone("unet", options=read, frozen=frozen, fine_tune="always")
+    if keep:
+        original = models.create(profile.backbone("unet"))
+        losses = {"weight": weight, "huber": profile.head.huber}
+        options["objective"] = models.KeepingObjective(**losses, keep=keep, original=original)
+    return plan(profile, "unet", prepared, weight=weight, **options)
 
 
 def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config):
@@ -572,7 +628,9 @@ def identity(thing):
     except (OSError, TypeError) as error:
         message = f"the source of {thing!r} cannot be read, so its run would have no key"
         raise ConfigError(message, "Define it in a notebook cell or a module.") from error
-    return files.digest([source, getattr(thing, "__dict__", {})])
+    fields = getattr(thing, "__dict__", {})
+    keys = {n: data.weights_key(f) if hasattr(f, "state_dict") else f for n, f in fields.items()}
+    return files.digest([source, keys])
 
 
 # --- open -----------------------------------------------------------------------------------------
@@ -696,11 +754,13 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
     store : rsdlib.data.ImageStore or rsdlib.data.FeatureStore
     before, after : rsdlib.models.PromptRegressor
         With starting and with trained weights: their backbones give the features for the k-NN.
+        `after` may be a list, of several trainings.
     device : str
 
     Returns
     -------
-    dict of str to int
+    dict of str to list of int
+        One for each training.
     """
     train, val = (prepared.rows(split, store) for split in ("train", "val"))
     mean = prepared.targets[train].mean(axis=0, keepdims=True)  # (1, d)
@@ -710,11 +770,14 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
         before.only_speak()
         how = {"pick": lambda output: output[0], "device": device}
         scores.predictions[ZERO_SHOT] = data.apply(before, store, scores.rows, **how)
-    for name, model in ((KNN_BEFORE, before), (KNN_AFTER, after)):
-        features = data.FeatureStore.build(store, model.backbone, device=device)
-        base, own, queries = map(features.batch, (train, val, scores.rows))
-        answers = prepared.targets[train], prepared.targets[val]
-        chosen[name], scores.predictions[name] = _regress(queries, own, base, *answers)
+    answers = prepared.targets[train], prepared.targets[val]
+    for name, those in ((KNN_BEFORE, [before]), (KNN_AFTER, analysis.each_training(after))):
+        found = []
+        for model in those:
+            features = data.FeatureStore.build(store, model.backbone, device=device)
+            base, own, queries = map(features.batch, (train, val, scores.rows))
+            found.append(_regress(queries, own, base, *answers))
+        chosen[name], scores.predictions[name] = map(list, zip(*found, strict=True))
     return chosen
 
 
@@ -748,6 +811,35 @@ def predict_clip_knn(scores, prepared, backbone, images, device="auto"):
     return k
 
 
+CAPTION, TRANSLATED = "the caption alone", "the caption alone, as prompts are worded"
+
+
+def predict_captions(scores, prepared, encoder, store):
+    """Add what the captions that a white box reads know by themselves.
+
+    Their own embedding, and a ridge regression from it to the prompts' that has seen no image.
+
+    Parameters
+    ----------
+    scores : rsdlib.analysis.Scores
+    prepared : Prepared
+    encoder : rsdlib.models.UNetEncoder
+        One that reads captions.
+    store : rsdlib.data.FeatureStore
+        What it reads.
+    """
+    import torch
+
+    def embedded(rows):
+        captions = encoder.captions(torch.from_numpy(store.batch(rows)))
+        return torch.from_numpy(data.embed_cached([caption or "." for caption in captions]))
+
+    train, said = prepared.rows("train", store), embedded(scores.rows)
+    weight, bias = models.ridge([embedded(train)], torch.from_numpy(prepared.targets[train]))
+    scores.predictions[CAPTION] = said.numpy()
+    scores.predictions[TRANSLATED] = (said.double() @ weight.T + bias).float().numpy()
+
+
 def _regress(queries, own, base, targets, true):
     """Return the k that is best on validation features `own`, and the k-NN's predictions."""
 
@@ -766,9 +858,9 @@ def compare(runs, prepared, store, split="test", device="auto", encoder=None):
 
     Parameters
     ----------
-    runs : dict of str to Path
-        Method to run folder; the first is the vanilla run, whose features the k-NN baselines use
-        and with which the others are compared.
+    runs : dict of str to Path, or to list of Path
+        Method to run folder, or to those of several trainings; the first is the vanilla run, whose
+        features the k-NN baselines use and with which the others are compared.
     prepared : Prepared
     store : rsdlib.data.ImageStore or rsdlib.data.FeatureStore
         What the backbone reads, see `Prepared.store`.
@@ -783,12 +875,14 @@ def compare(runs, prepared, store, split="test", device="auto", encoder=None):
     table : list of dict
         One row a method, for `analysis.as_table` and `analysis.plot_scores`.
     """
-    first = next(iter(runs))
+    first, folders = next(iter(runs)), {m: analysis.each_training(run) for m, run in runs.items()}
     scores = prepared.scores(store, split)
-    before, (after, _) = starting_model(runs[first], encoder), load_model(runs[first], encoder)
+    before = starting_model(folders[first][0], encoder)
+    after = [load_model(folder, encoder)[0] for folder in folders[first]]
     neighbours = predict_baselines(scores, prepared, store, before, after, device)
-    for name, folder in runs.items():
-        scores.predictions[name] = predict(folder, prepared, store, split, device, encoder)
+    how = {"split": split, "device": device, "encoder": encoder}
+    for name, some in folders.items():
+        scores.predictions[name] = [predict(folder, prepared, store, **how) for folder in some]
     table = scores.table(BASELINES)
     for row in table:
         name = row["method"]
@@ -820,17 +914,18 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
     dict of str to Figure
         ``curves``, ``scores``, ``recall`` and ``neighbours``, saved as PNG.
     """
-    opened = {method: training.load_run(run) for method, run in runs.items()}
-    seed = next(iter(opened.values())).config.seed
-    files.write_json(folder / f"{name}.json", {"table": table, **about(prepared, seed)})
-    ranks = {
-        method: analysis.retrieval(pred, scores.target, scores.groups)
-        for method, pred in scores.predictions.items()
+    opened = {
+        method: [training.load_run(folder) for folder in analysis.each_training(run)]
+        for method, run in runs.items()
     }
+    seed = next(iter(opened.values()))[0].config.seed
+    files.write_json(folder / f"{name}.json", {"table": table, **about(prepared, seed)})
+    ranks = {method: scores.ranks(method) for method in scores.predictions}
     candidates = next(iter(ranks.values())).candidates
+    curves = {method: [run.metrics for run in some] for method, some in opened.items()}
     last = list(runs)[-1]
     figures = {
-        "curves": analysis.plot_curves({m: run.metrics for m, run in opened.items()}).figure,
+        "curves": analysis.plot_curves(curves).figure,
         "scores": analysis.plot_scores(table, reference=paper).figure,
         "recall": analysis.plot_recall({m: r.ranks for m, r in ranks.items()}, candidates).figure,
         "neighbours": _draw_answers(scores, last, prepared, images),
@@ -841,13 +936,13 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
 
 
 def _draw_answers(scores, method, prepared, images, count=8):
-    """Draw items from the best to the worst prediction with the true and the nearest prompt."""
-    cosine = scores.cosine(method)
+    """Draw items from the first training's best to its worst, with true and nearest prompt."""
+    pred = analysis.each_training(scores.predictions[method])[0]
+    cosine = analysis.cosine(pred, scores.target)
     order = np.argsort(-cosine, kind="stable")
     picked = order[np.linspace(0, len(order) - 1, count).round().astype(int)]
     prompts, bank = prepared.pairs["prompt"].to_numpy(), prepared.rows("train")
-    pred = scores.predictions[method][picked]
-    nearest = ensemble.nearest_prompts(pred, prepared.targets[bank], prompts[bank])
+    nearest = ensemble.nearest_prompts(pred[picked], prepared.targets[bank], prompts[bank])
     answers = zip(cosine[picked], prompts[scores.rows[picked]], nearest, strict=True)
     texts = [f"cosine {c:.2f}\nTRUE: {true}\nNEAREST: {near}" for c, true, near in answers]
     return analysis.plot_images(images.batch(scores.rows[picked]), texts, columns=4, wrap=41)

@@ -112,6 +112,69 @@ def test_equal_epochs_or_equal_steps(epochs, k):
         training.growing(rows, HARDNESS, epochs, k, equal="time")
 
 
+# --- what order adds, what selection adds ---------------------------------------------------------
+
+ROWS = np.random.default_rng(1).permutation(np.arange(1000, 1100))
+RANK = HARDNESS.argsort().argsort()
+
+
+def visits(plan):
+    """Return how often each of `ROWS` is read."""
+    read = np.concatenate([np.tile(stage.rows, stage.epochs) for stage in plan])
+    assert np.isin(read, ROWS).all()
+    return (read[:, None] == ROWS).sum(axis=0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_another_order_has_the_same_sizes_and_steps(k):
+    """The order reversed, or a random one, is the paper's plan with another difficulty."""
+    chance = np.random.default_rng(2).random(100)
+    plans = [
+        training.growing(ROWS, order, 6, k, "steps") for order in (HARDNESS, -HARDNESS, chance)
+    ]
+    for plan in plans[1:]:
+        assert [len(stage.rows) for stage in plan] == [len(stage.rows) for stage in plans[0]]
+        assert [stage.epochs for stage in plan] == [stage.epochs for stage in plans[0]]
+    assert len({training.Plan(plan, toy.CONFIG).total for plan in plans}) == 1
+    easy, hard = (set(plan[0].rows.tolist()) for plan in plans[:2])
+    assert bool(easy & hard) == (k == 1)
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(3, 0.1), (6, 0.1), (4, 0.25), (1, 0.5), (2, 0.0)])
+def test_without_the_hardest_the_others_come_more_often(epochs, share):
+    plan = training.without_hardest(ROWS, HARDNESS, epochs, share)
+    read = visits(plan)
+    left_out = round(100 * (1 - share)) <= RANK
+    np.testing.assert_array_equal(read == 0, left_out)
+    assert np.ptp(read[~left_out]) <= 1
+    assert abs(read.sum() - epochs * 100) <= 1
+    np.testing.assert_array_equal(plan[0].rows, ROWS[~left_out])  # in no order of difficulty
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_all_pairs_cannot_be_left_out(share):
+    with pytest.raises(BadValueError, match=r"share .* cannot be left out"):
+        training.without_hardest(ROWS, HARDNESS, 3, share)
+
+
+def test_shuffled_visits_each_pair_as_often_and_in_no_order():
+    ours = training.growing(ROWS, HARDNESS, 3, 3, "steps")
+    mixed = training.shuffled(ours, seed=4)
+    np.testing.assert_array_equal(visits(mixed), visits(ours))
+    assert [stage.epochs for stage in mixed] == [1] * sum(stage.epochs for stage in ours)
+    assert all(len(set(stage.rows.tolist())) == len(stage.rows) for stage in mixed)
+    hard = ROWS[RANK >= 67]
+    assert not np.isin(hard, ours[0].rows).any()
+    assert np.isin(hard, mixed[0].rows).mean() == pytest.approx(0.5, abs=0.2)  # 2 of 4 epochs
+
+
+def test_shuffled_is_a_function_of_the_plan_and_the_seed():
+    ours = training.growing(ROWS, HARDNESS, 3, 3, "steps")
+    once, again, other = (training.shuffled(ours, seed) for seed in (0, 0, 1))
+    assert all(map(np.array_equal, [s.rows for s in once], [s.rows for s in again]))
+    assert not all(map(np.array_equal, [s.rows for s in once], [s.rows for s in other]))
+
+
 def test_curriculum_validates_on_the_same_rows_and_never_raises_the_rate(tmp_path):
     """D2: validation rows are the data's own. D7: the cosine spans all stages."""
     data = toy.data()

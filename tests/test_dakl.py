@@ -73,7 +73,7 @@ def test_rows_are_told_apart_k1(solver):
     (S, Y), (T, truth) = made_up(40, 0), made_up(20, 1)
     K = kernel(np.vstack([S, T]), 0.01)
     assert np.linalg.matrix_rank(K, tol=1e-6) > 20
-    assert ensemble.effective_rank(K) > 1 + 1e-3
+    assert np.linalg.eigvalsh(K)[-2] > 1e-6
     answers = DAKL(40, 0.01, alpha=0.01, solver=solver).fit_predict(S, Y, T)
     assert len(np.unique(answers.round(6), axis=0)) == 20
     similarity = unit(answers - answers.mean(axis=0)) @ unit(truth - truth.mean(axis=0)).T
@@ -91,16 +91,62 @@ def test_length_of_rows_does_not_matter_k2(data):
     np.testing.assert_allclose(scaled, plain, atol=1e-6)
 
 
-def test_effective_rank_and_report(data):
-    assert ensemble.effective_rank(np.eye(7)) == pytest.approx(7)
-    assert ensemble.effective_rank(np.ones((7, 7))) == pytest.approx(1)
-    wide, narrow = (ensemble.report(data[0], gamma, alpha=10, rows=50) for gamma in (1e-3, 5.0))
-    assert wide["rows"] == narrow["rows"] == 50
-    assert 1 < wide["effective_rank"] < 1.01 < narrow["effective_rank"] < 50
-    assert wide["centred_rank"] > 5
-    one_eigenvalue_of_50 = 1 + 50**2 / 10  # the others are nearly 0
-    assert wide["condition"] == pytest.approx(one_eigenvalue_of_50, rel=0.01)
-    assert ensemble.report(data[0], 5.0, alpha=10, rows=50) == narrow
+# --- degrees of freedom ---------------------------------------------------------------------------
+
+freedom = ensemble.degrees_of_freedom
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_degrees_of_freedom_are_the_trace_of_the_fit(data, gamma):
+    S, T = data[0][:30], data[2]
+    phi = kernel(np.vstack([S, T]), gamma)[: len(S)]
+    for alpha in (1e-2, 10.0):
+        hat = phi @ phi.T @ np.linalg.inv(phi @ phi.T + alpha * np.eye(len(S)))
+        assert freedom(S, T, gamma, [alpha]) == pytest.approx(np.trace(hat), rel=1e-6)
+
+
+def test_without_a_ridge_they_are_the_rank(data):
+    S, T = data[0][:30], data[2]
+    assert freedom(S, T, 1.0, [1e-9]) == pytest.approx(30, abs=1e-3)
+    repeated = S[np.arange(30) % 10]
+    assert freedom(repeated, T, 1.0, [1e-9]) == pytest.approx(10, abs=1e-3)
+
+
+def test_rows_that_are_all_alike_leave_one_eigenvalue():
+    S, T = np.ones((20, 5)), np.ones((30, 5))
+    (alone,) = freedom(S, T, 1.0, [10.0])
+    assert alone == pytest.approx(1000 / 1010)  # of A A^T, all ones times n: r (r + t)
+
+
+def test_they_fall_with_the_ridge_and_rise_with_the_kernels_width(data):
+    S, T = data[0], data[2]
+    table = np.array([freedom(S, T, gamma, [1e-2, 1.0, 10.0]) for gamma in (1e-3, 1e-2, 0.1, 1.0)])
+    assert (np.diff(table, axis=1) < 0).all()
+    assert (np.diff(table, axis=0) > 0).all()
+
+
+def test_with_one_of_them_the_answer_is_constant_and_with_many_it_is_not(data):
+    X, Y, T = data
+    for alpha, constant in ((10.0, True), (1e-4, False)):
+        pred = DAKL(len(X), 1e-3, alpha, solver="primal").fit_predict(X, Y, T)
+        assert (freedom(X, T, 1e-3, [alpha])[0] < 1.01) == constant
+        assert ((pred @ unit(Y.sum(axis=0))).min() > 0.999) == constant
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_rows_stand_for_their_copies(data, gamma):
+    S, T = data[0][:20], data[2][:50]
+    copies = np.tile(S, (4, 1)), np.tile(T, (3, 1))
+    whole = freedom(*copies, gamma, [1e-2, 10.0])
+    np.testing.assert_allclose(freedom(S, T, gamma, [1e-2, 10.0], r=80, t=150), whole, rtol=1e-6)
+
+
+def test_a_part_stands_for_new_rows_too():
+    S, T = made_up(450, 5)[0], made_up(1200, 6)[0]
+    for gamma in (1e-3, 1e-2, 0.1):
+        whole = freedom(S, T, gamma, [1.0, 10.0])
+        part = freedom(S[:150], T[:400], gamma, [1.0, 10.0], r=450, t=1200)
+        np.testing.assert_allclose(part, whole, rtol=0.05)
 
 
 # --- the solvers ----------------------------------------------------------------------------------

@@ -99,6 +99,17 @@ def test_broken_predictions_are_named(models):
         ensemble.mean([models["C"], -models["C"]])
 
 
+def test_align_takes_away_what_all_have_in_common(models, target):
+    known, _ = np.split(models["C"], 2)
+    np.testing.assert_allclose(ensemble.align(known, known), known, atol=1e-6)
+    shifted = unit(models["C"] + 0.8 * unit(np.ones(16)))
+    aligned = ensemble.align(shifted, models["C"])
+    assert score(aligned, target) > score(shifted, target) + 0.05
+    np.testing.assert_allclose(aligned.mean(axis=0), models["C"].mean(axis=0), atol=0.02)
+    with pytest.raises(BadValueError, match="row 3"):
+        ensemble.align(np.where(np.arange(9)[:, None] == 3, 0, known[:9]), known)
+
+
 def test_subsets_in_the_order_of_table_5():
     names = [
         "C",

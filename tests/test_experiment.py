@@ -170,11 +170,10 @@ def test_images_of_one_prompt_count_as_one_in_every_interval(source):
     prepared = experiment.prepare(settings(source).data)
     rows = prepared.rows("test")
     pred = np.random.default_rng(0).normal(size=(len(rows), 384))
-    alone = analysis.scores.score(pred, prepared.targets[rows], np.arange(len(rows)))
-    thrice = analysis.scores.score(
-        *(np.repeat(x, 3, axis=0) for x in (pred, prepared.targets[rows])),
-        np.repeat(np.arange(len(rows)), 3),
-    )
+    groups = np.arange(len(rows))
+    one = [prepared.targets[rows], groups, {"noise": pred}]
+    three = [*(np.repeat(x, 3, axis=0) for x in one[:2]), {"noise": np.repeat(pred, 3, axis=0)}]
+    alone, thrice = (analysis.Scores(None, *some).score("noise") for some in (one, three))
     for name in ("mean", "low", "high"):
         assert thrice["cosine"][name] == pytest.approx(alone["cosine"][name])
     assert thrice["median_rank"] == alone["median_rank"]
@@ -227,7 +226,7 @@ def test_a_run_is_trained_scored_and_read_back(source):
     assert [row["method"] for row in table] == [*experiment.BASELINES, "vit"]
     gain = table[-1][f"gain over {experiment.MEAN}"]["difference"]["mean"]
     assert gain == pytest.approx(
-        scores.cosine("vit").mean() - scores.cosine(experiment.MEAN).mean()
+        scores.estimate("vit")["mean"] - scores.estimate(experiment.MEAN)["mean"]
     )
     assert table[-1]["cosine"]["n"] == len(scores.rows)
     assert analysis.as_table(table).shape[1] == 4
@@ -360,7 +359,18 @@ def test_every_training_in_one_line_is_the_trial_that_was_laid_open(source):
     assert not trial.folder.exists()
     runs = experiment.three_ways(profile, "vit", prepared, epochs=1)
     assert list(runs) == ["vit", "vit + MLC", "vit + MLC + CL"]
-    assert runs["vit"] == trial.folder
+    assert runs["vit"] == [trial.folder]
+
+
+def test_trainings_of_several_seeds_are_those_of_each(source):
+    profile = settings(source)
+    prepared = experiment.prepare(profile.data)
+    how = {"epochs": 1, "weight": 0.0}
+    runs = experiment.three_ways(profile, "vit", prepared, seed=3, seeds=2, **how)
+    assert list(runs) == ["vit", "vit + CL"]
+    for number, (vanilla, full) in enumerate(zip(*runs.values(), strict=True), 3):
+        assert training.load_run(full).config.seed == number
+        assert experiment.train(profile, "vit", prepared, seed=number, **how) == vanilla
 
 
 def test_a_run_of_an_older_layout_is_refused_by_name_and_never_the_best(source, capsys):

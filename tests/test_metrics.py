@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rsdlib import data
 from rsdlib.analysis import metrics
@@ -85,77 +86,110 @@ def test_one_training_in_a_row_is_one_training(groups):
     assert pairs.difference.trainings == 1
 
 
-@pytest.mark.parametrize("groups", [None, GROUPS])
-def test_trainings_that_agree_add_nothing(groups):
-    """To the interval, which is that of one of them, or to the p-value."""
-    a, b = rng.normal(size=(2, 300))
-    thrice = metrics.bootstrap_ci(np.tile(a, (3, 1)), groups=groups)
-    once = metrics.bootstrap_ci(a, groups=groups)
-    assert (thrice.n, thrice.trainings) == (300, 3)
-    bounds = [thrice.mean, thrice.low, thrice.high]
-    np.testing.assert_allclose(bounds, [once.mean, once.low, once.high], atol=1e-12)
-    test = metrics.paired_test(np.tile(a, (3, 1)), np.tile(b, (3, 1)), groups=groups)
-    assert test.p == metrics.paired_test(a, b, groups=groups).p
+def test_a_prompts_images_are_averaged_first():
+    values, groups = np.array([1.0, 1, 1, 0]), ["a", "a", "a", "b"]
+    for some in (values, np.tile(values, (3, 1))):
+        assert metrics.bootstrap_ci(some, groups=groups).mean == 0.5
+        assert metrics.paired_test(some, 0 * some, groups=groups).difference.mean == 0.5
 
 
-def test_variance_over_trainings_is_kept():
-    """Of trainings that differ by constants it is theirs, whatever the number of items."""
-    shifts = rng.normal(size=12)
-    constant = metrics.bootstrap_ci(np.tile(shifts[:, None], (1, 5)), resamples=8000)
-    by_theory = 2 * 1.96 * shifts.std(ddof=1) / np.sqrt(12)
-    assert width(constant) == pytest.approx(by_theory, rel=0.1)
-    items = rng.normal(size=100)
-    both = metrics.bootstrap_ci(shifts[:, None] + items, resamples=8000)
-    alone = width(metrics.bootstrap_ci(items, resamples=8000))
-    assert width(both) == pytest.approx(np.hypot(by_theory, alone), rel=0.1)
-    assert both.mean == pytest.approx(shifts.mean() + items.mean())
+def test_trainings_that_agree_add_nothing():
+    """The interval is Student's over prompts."""
+    a = rng.normal(size=40)
+    thrice = metrics.bootstrap_ci(np.tile(a, (3, 1)))
+    assert (thrice.n, thrice.trainings) == (40, 3)
+    by_hand = stats.ttest_1samp(a, 0)
+    interval = by_hand.confidence_interval()
+    np.testing.assert_allclose([thrice.low, thrice.high], [interval.low, interval.high])
+    assert thrice.of_trainings == pytest.approx(0, abs=1e-12)
+    test = metrics.paired_test(np.tile(a, (3, 1)), np.zeros(40))
+    assert test.p == pytest.approx(by_hand.pvalue)
 
 
-def test_of_two_trainings_one_is_drawn():
-    """So that the mean of a resample varies as the mean of two does; drawing two varies half."""
-    estimate = metrics.bootstrap_ci([[0.0] * 5, [1.0] * 5], level=0.4)
-    assert (estimate.low, estimate.mean, estimate.high) == (0, 0.5, 1)
+def test_prompts_that_agree_add_nothing():
+    """The interval is Student's over trainings, however many prompts there are; also of one."""
+    a = rng.normal(size=5)
+    by_hand = stats.ttest_1samp(a, 0)
+    interval = by_hand.confidence_interval()
+    for prompts in (1, 30):
+        values = np.tile(a[:, None], prompts)
+        estimate = metrics.bootstrap_ci(values)
+        np.testing.assert_allclose([estimate.low, estimate.high], [interval.low, interval.high])
+        assert estimate.of_trainings == pytest.approx(1)
+        assert metrics.paired_test(values, 0 * values).p == pytest.approx(by_hand.pvalue)
 
 
-def test_p_is_that_of_the_mean_over_trainings():
-    a, b = rng.normal(size=(2, 3, 60))
-    groups = np.arange(60) % 25
-    p = metrics.paired_test(a, b, groups=groups).p
-    assert p == metrics.paired_test(a.mean(axis=0), b.mean(axis=0), groups=groups).p
-    assert p != metrics.paired_test(a[0], b[0], groups=groups).p
+def test_variance_components_by_hand():
+    """Two seeds and two prompts: the table of a two-way analysis of variance."""
+    estimate = metrics.bootstrap_ci([[1.0, 2.0], [4.0, 7.0]])
+    seeds, prompts, rest = 16.0, 4.0, 1.0  # mean squares, each with one degree of freedom
+    total = seeds + prompts - rest
+    half = stats.t.ppf(0.975, total**2 / (seeds**2 + prompts**2 + rest**2)) * np.sqrt(total / 4)
+    assert (estimate.mean, estimate.of_trainings) == (3.5, pytest.approx((seeds - rest) / total))
+    assert estimate.high - 3.5 == pytest.approx(half)
+    assert 3.5 - estimate.low == pytest.approx(half)
 
 
-def test_the_mean_of_trainings_forgets_their_spread():
-    """What was done before: as narrow as if there were one training."""
-    values = 0.5 * rng.normal(size=(3, 1)) + 0.1 * rng.normal(size=(3, 400))
-    kept, dropped = metrics.bootstrap_ci(values), metrics.bootstrap_ci(values.mean(axis=0))
-    assert kept.mean == pytest.approx(dropped.mean)
-    assert width(kept) > 10 * width(dropped)
-    by_training = values.mean(axis=1)
-    assert kept.low == pytest.approx(by_training.min(), abs=0.02)  # of three, their range
-    assert kept.high == pytest.approx(by_training.max(), abs=0.02)
+def test_a_variance_below_zero_is_that_of_the_rest():
+    """Neither seeds nor prompts differ in the mean: MS_seeds + MS_prompts - MS_rest < 0."""
+    estimate = metrics.bootstrap_ci([[1.0, -1.0], [-1.0, 1.0]])
+    assert estimate.low == pytest.approx(-estimate.high)
+    assert estimate.high > 1
+    assert estimate.of_trainings == 0
 
 
-def test_interval_over_trainings_covers_the_method():
-    """With eight trainings; the interval of their mean alone hardly ever does."""
-    hits, naive = [], []
-    for _ in range(150):
-        values = rng.normal(size=(8, 1)) + rng.normal(size=(8, 60))
-        for covered, sample in ((hits, values), (naive, values.mean(axis=0))):
-            estimate = metrics.bootstrap_ci(sample, resamples=300)
-            covered.append(estimate.low <= 0 <= estimate.high)
-    assert 0.82 < np.mean(hits) < 0.99
-    assert np.mean(naive) < 0.5
+def test_values_that_are_all_equal_have_no_interval():
+    estimate = metrics.bootstrap_ci(np.full((3, 4), 0.5))
+    assert (estimate.low, estimate.mean, estimate.high) == (0.5, 0.5, 0.5)
+    a = rng.normal(size=(3, 4))
+    assert metrics.paired_test(a, a).p == 1
+    assert metrics.paired_test(np.full((3, 4), 0.5), np.zeros(4)).p == 0
 
 
-def test_a_difference_of_trainings_is_not_one_of_methods():
-    """Three lucky and unlucky seeds: sure of these trainings (p), not of the method (interval)."""
-    luck = np.array([[0.3], [-0.1], [-0.05]])
+PROMPTS, REPEATS = 500, 1000
+
+
+@pytest.mark.parametrize(
+    ("share", "covers", "over_prompts"),
+    [(0, 0.95, 0.95), (0.3, 0.945, 0.90), (0.6, 0.94, 0.785), (0.9, 0.925, 0.47)],
+)
+def test_three_trainings_cover_the_method(share, covers, over_prompts):
+    """Whatever share of the mean's variance they hold; prompts alone do not."""
+    draw = np.random.default_rng(int(10 * share))
+    of_rest = (1 + 1 / 3) / PROMPTS  # of the mean's variance: prompts and residuals of variance 1
+    seeds = np.sqrt(3 * of_rest * share / (1 - share)) * draw.normal(size=(REPEATS, 3, 1))
+    hits, alone = [], []
+    for luck in seeds:
+        values = luck + draw.normal(size=PROMPTS) + draw.normal(size=(3, PROMPTS))
+        estimate = metrics.bootstrap_ci(values)
+        hits.append(estimate.low <= 0 <= estimate.high)
+        mean = values.mean(axis=0)
+        alone.append(abs(mean.mean()) < 1.96 * mean.std(ddof=1) / np.sqrt(PROMPTS))
+    for found, expected in ((hits, covers), (alone, over_prompts)):
+        spread = np.sqrt(expected * (1 - expected) / REPEATS)
+        assert np.mean(found) == pytest.approx(expected, abs=3 * spread)
+
+
+def test_verdicts_are_of_the_interval_over_trainings():
     a = rng.normal(size=(3, 500))
-    test = metrics.paired_test(a + luck + 0.01 * rng.normal(size=(3, 500)), a)
-    assert test.p < 0.001
-    assert test.difference.low < 0 < test.difference.high
-    assert test.difference.mean == pytest.approx(luck.mean(), abs=0.005)
+    noise = 0.01 * rng.normal(size=(3, 500))
+    for shift, verdict in ((0.2, "better"), (-0.2, "worse"), (0, "not told apart")):
+        test = metrics.paired_test(a + shift + noise, a)
+        assert test.verdict == verdict
+        assert (test.p < 0.05) == (verdict != "not told apart")
+        assert metrics.paired_test(a[0] + shift + noise[0], a[0]).verdict == "one training"
+    luck = np.array([[0.3], [-0.1], [-0.05]])  # sure of these trainings, not of the method
+    lucky = metrics.paired_test(a + luck, a)
+    assert (lucky.verdict, lucky.p > 0.05) == ("not told apart", True)
+    assert metrics.paired_test((a + luck)[0], a[0]).p < 0.001
+
+
+def test_an_answer_without_training_is_compared_with_each():
+    a, b = rng.normal(size=(3, 60)), rng.normal(size=60)
+    assert metrics.paired_test(a, b) == metrics.paired_test(a, np.tile(b, (3, 1)))
+    forth, back = metrics.paired_test(a, b), metrics.paired_test(b, a)
+    assert forth.p == back.p
+    assert forth.difference.low == pytest.approx(-back.difference.high)
 
 
 def test_images_of_a_prompt_stay_together_over_trainings():
@@ -176,7 +210,9 @@ def test_values_that_cannot_be_averaged_are_named():
     with pytest.raises(BadValueError, match="4 groups for 5 values"):
         metrics.bootstrap_ci(np.zeros((3, 5)), groups=[1, 2, 3, 4])
     with pytest.raises(BadValueError, match="same items"):
-        metrics.paired_test(np.zeros((3, 5)), np.zeros(5))
+        metrics.paired_test(np.zeros((3, 5)), np.zeros(4))
+    with pytest.raises(BadValueError, match="equally many trainings"):
+        metrics.paired_test(np.zeros((3, 5)), np.zeros((1, 5)))
 
 
 # --- ranks, captions, features --------------------------------------------------------------------

@@ -35,6 +35,19 @@ def test_best_epoch_of_validation_is_marked():
     assert best.get_xydata().tolist() == [[2, 0.5]]
 
 
+def test_curves_of_several_trainings_share_a_colour_and_a_name():
+    run = pd.DataFrame({"epoch": [0, 1], "train_similarity": [0.1, 0.2], "val_similarity": [0, 1]})
+    ax = analysis.plot_curves({"vit": [run, run], "clip": [run]})
+    assert [len(lines) for lines in (ax.lines, {line.get_color() for line in ax.lines})] == [9, 2]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["vit", "clip"]
+
+
+def test_scores_say_over_how_many_trainings():
+    thrice = {"method": "b", "cosine": {**estimate(0.5), "trainings": 3}}
+    assert "over prompts and 3 trainings" in analysis.plot_scores([*ROWS, thrice]).get_xlabel()
+    assert "trainings" not in analysis.plot_scores(ROWS).get_xlabel()
+
+
 def test_scores_their_intervals_and_the_papers():
     ax = analysis.plot_scores(ROWS, reference={"vit": 0.5, "swin": 0.9})
     drawn = {marker: [] for marker in ("o", "D", "None")}
@@ -78,11 +91,15 @@ def test_lines_show_estimates_with_their_bounds():
 
 
 def test_points_have_names_and_bounds():
-    ax = analysis.plot_points({"vit": (0.5, estimate(0.2))}, xlabel="reads", ylabel="paints")
-    (line, _, (interval,)) = ax.containers[0]
+    points = {"vit": (0.5, estimate(0.2)), "unet": (estimate(0.4), estimate(0.1))}
+    ax = analysis.plot_points(points, xlabel="reads", ylabel="paints")
+    line, _, (across, up) = ax.containers[0]
     assert line.get_xydata().tolist() == [[0.5, 0.2]]
-    np.testing.assert_allclose(interval.get_segments()[0][:, 1], [0.1, 0.4])
-    assert [text.get_text() for text in ax.texts] == ["vit"]
+    np.testing.assert_allclose(across.get_segments()[0][:, 0], [0.5, 0.5])
+    np.testing.assert_allclose(up.get_segments()[0][:, 1], [0.1, 0.4])
+    width = np.diff(ax.containers[1][2][0].get_segments()[0][:, 0])
+    np.testing.assert_allclose(width, 0.3)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["vit", "unet"]
 
 
 def test_images_with_any_text_below():

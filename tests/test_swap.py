@@ -147,7 +147,7 @@ def test_blend_runs_from_one_encoder_to_the_other(pipe, encoder):
 
 @pytest.mark.parametrize(
     ("start", "blend", "words"),
-    [(-1, 1.0, "no step"), (1.5, 1.0, "no step"), (0, 1.5, "blend"), (0, -0.1, "blend")],
+    [(-1, 1.0, "no step"), (1.5, 1.0, "no step"), (0, 1.5, "blend"), (0, -1.1, "blend")],
 )
 def test_settings_out_of_range_are_named(pipe, encoder, start, blend, words):
     with pytest.raises(BadValueError, match=words):

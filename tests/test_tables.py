@@ -89,32 +89,46 @@ def test_gains_say_over_what(stored):
     over = {method: gain.over for method, gain in shown.items() if gain}
     expected = {"vit": "mean embedding", "vit + MLC + CL": "vit", "CU": "clip"}
     assert over == {**expected, "BLIP + MLC": "BLIP"}
-    assert shown["vit + MLC + CL"] == tables.Gain("vit", Estimate(0.02, 0.01, 0.03, 50), 0.2)
+    assert shown["vit + MLC + CL"] == tables.Gain(Estimate(0.02, 0.01, 0.03, 50), 0.2, "vit")
     assert [gain.over for gain in tables.gains(longer)] == ["a k-NN", "mean embedding", "vit"]
     assert collected["table 4"][-1]["paper"] == tables.PAPER["table 5"]["V"]
-    line = "| +0.0200 [+0.0100, +0.0300] over vit, p = 0.2 | 0.6550 |"
+    line = "| +0.0200 [+0.0100, +0.0300] over vit, p = 0.2 | one training | 0.6550 |"
     assert line in tables.markdown(collected)
 
 
 def test_a_gain_is_stored_and_read_again():
     """As a dict, under any name."""
-    gain = tables.Gain("none", Estimate(0.02, 0.01, 0.03, 50, trainings=3), 0.001)
+    gain = tables.Gain(Estimate(0.02, 0.01, 0.03, 50, trainings=3), 0.001, "none")
     row = {"method": "ours", "cosine": estimate(0.5), "whatever": dataclasses.asdict(gain)}
     assert tables.gains(row) == [gain]
 
 
-def test_tables_say_how_many_trainings_stand_behind_them(stored):
+def test_tables_say_how_many_trainings_stand_behind_them_and_what_they_hold(stored):
     two = files.read_json(stored / "05_curriculum.json")["table 2"]
-    for row, trainings in zip(two, (3, 3, 1, 3), strict=True):
-        row["cosine"]["trainings"] = trainings
+    facts = (("none", 3, 0.1), ("LeRaC", 3, 0.7), ("CBS", 1, 0), ("ours", 3, 0.25))
+    for row, (name, trainings, share) in zip(two, facts, strict=True):
+        assert row["method"] == name
+        row["cosine"] |= {"trainings": trainings, "of_trainings": share}
+    for row, gain, share in ((two[1], 0.005, 0.5), (two[3], 0.02, 0.9)):
+        difference = estimate(gain, trainings=3, of_trainings=share)
+        row["gain over none"] = {"difference": difference, "p": 0.1}
+    two[3]["steps"] = 1200
     change(stored, "05_curriculum", **{"table 2": two})
     collected = tables.collect(stored)
     assert [row["trainings"] for row in collected["table 2"]] == [3, 3, 1, 3]
+    assert [row["verdict"] for row in collected["table 2"]] == [
+        *(None, "not told apart", None, "better")
+    ]
     text = tables.markdown(collected)
-    assert text.count("| method | ours, 95 % interval |") == 4
-    assert text.count("| method | ours, 3 trainings, 95 % interval |") == 1
-    assert "| CBS | 0.3127 [0.3027, 0.3227], trainings: 1 |" in text
-    assert "| ours | 0.3272 [0.3172, 0.3372] |" in text
+    assert text.count("| method | trainings |") == 4
+    assert text.count("| method | steps | trainings |") == 1
+    assert "| CBS |  | 1 | 0.3127 [0.3027, 0.3227] |  |  | 0.6254 |" in text
+    assert "| ours | 1200 | 3 | 0.3272 [0.3172, 0.3372] | +0.0200" in text
+    assert "p = 0.1 | better | 0.6544 |" in text
+    hold = (
+        "The trainings hold 10% to 70% of the means' variance, 50% to 90% of the gains' variance."
+    )
+    assert text.count("The trainings hold") == text.count(f"\n\n{hold}\n\n") == 1
 
 
 def test_ensembles_are_the_single_scores_of_the_framework():
@@ -143,7 +157,7 @@ def test_tables_go_between_their_marks_and_nowhere_else(stored):
     assert once.endswith("\nafter\n")
     assert "old" not in once
     assert once.count("| method |") == 5
-    assert "| CBS | 0.3127 [0.3027, 0.3227] |  | 0.6254 |" in once
+    assert "| CBS | 1 | 0.3127 [0.3027, 0.3227] |  |  | 0.6254 |" in once
     assert tables.insert(once, "tables", collected) == once
     with pytest.raises(CacheError, match="no place for tables"):
         tables.insert("nothing", "tables", collected)
@@ -152,12 +166,12 @@ def test_tables_go_between_their_marks_and_nowhere_else(stored):
 def test_real_pictures_are_shown_by_folder(stored):
     assert tables.real_pictures(stored) == ""
     ranks = {"median_rank": 2.0, "candidates": 40, "recall@1": 0.4}
-    gain = {"difference": estimate(0.1), "p": 0.01}
+    gain = {"difference": estimate(0.1, trainings=3), "p": 0.01}
     rows = [
         {"method": "mean embedding", "cosine": estimate(0.4), **ranks},
         {
             "method": "lite",
-            "cosine": estimate(0.5),
+            "cosine": estimate(0.5, trainings=3),
             "gain over mean embedding": gain,
             **ranks,
         },
@@ -167,8 +181,8 @@ def test_real_pictures_are_shown_by_folder(stored):
     write(stored, "10_wild", table=rows, splits=splits, turns=5)
     text = tables.real_pictures(stored)
     assert "**`wild`**" in text
-    assert "| lite | 0.5000 [0.4900, 0.5100] | +0.1000 [+0.0900, +0.1100] over mean" in text
-    assert "p = 0.01 | 2 of 40 | 40% |" in text
-    assert "| 5 splits, all | 0.5000 | +0.1 | 3 of 50 | 30% |" in text
+    assert "| lite | 3 | 0.5000 [0.4900, 0.5100] | +0.1000 [+0.0900, +0.1100] over mean" in text
+    assert "p = 0.01 | better | 2 of 40 | 40% |" in text
+    assert "| 5 splits, all |  | 0.5000 | +0.1 |  | 3 of 50 | 30% |" in text
     assert "somebody" in text
     assert "split 0" not in text

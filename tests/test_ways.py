@@ -247,6 +247,30 @@ def test_runs_are_compared_with_the_first_and_with_what_needs_no_training(source
     assert gain == pytest.approx(rows["b"]["cosine"]["mean"] - rows["a"]["cosine"]["mean"])
 
 
+def test_runs_of_several_trainings_are_compared_seed_by_seed(source, folders, tmp_path):
+    chosen = world(source, folders)
+    prepared = experiment.prepare(chosen.data)
+    runs = experiment.three_ways(chosen, "clip", prepared, seeds=2, epochs=1)
+    images = prepared.images(32)
+    scores, table = experiment.compare(runs, prepared, images, device="cpu")
+    rows = {row["method"]: row for row in table}
+    several = [experiment.KNN_AFTER, *runs]
+    assert [name for name in rows if rows[name]["trainings"] == 2] == several
+    assert len(rows[experiment.KNN_AFTER]["k"]) == 2
+    for k, run in enumerate(runs["clip"]):
+        alone, _ = experiment.compare({"clip": run}, prepared, images, device="cpu")
+        for name in (experiment.KNN_AFTER, "clip"):
+            (pred,) = alone.predictions[name]
+            np.testing.assert_array_equal(scores.predictions[name][k], pred)
+    full = rows["clip + MLC + CL"]
+    assert full["gain over clip"] == scores.gain("clip + MLC + CL", "clip")
+    assert full["gain over clip"]["difference"]["trainings"] == 2
+    drawn = experiment.draw("x", runs, scores, table, prepared, images, tmp_path)
+    assert len(drawn["curves"].axes[0].lines) == 3 * 2 * 3  # lines of 2 trainings of 3 methods
+    stored = files.read_json(tmp_path / "x.json")
+    assert stored["table"] == json.loads(json.dumps(table))
+
+
 def test_clips_neighbours_among_the_prompts(source, folders, monkeypatch):
     monkeypatch.setattr(experiment, "NEIGHBOURS", (1,))
     chosen = world(source, folders)

@@ -8,6 +8,7 @@ from rsdlib.analysis.metrics import (
     bootstrap_ci,
     clipscore,
     cosine,
+    each_training,
     frechet,
     paired_test,
     ref_clipscore,
@@ -24,5 +25,5 @@ from rsdlib.analysis.plots import (
     plot_scores,
     save_figure,
 )
-from rsdlib.analysis.scores import Scores, as_table, score
+from rsdlib.analysis.scores import Scores, as_table
 from rsdlib.analysis.studies import ensemble_tables, rivals, swap_table

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from rsdlib.data import cosine, unit_rows
 from rsdlib.errors import BadValueError
@@ -93,38 +94,54 @@ def frechet(a, b):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its bootstrap confidence interval: of `n` items, over `trainings` trainings."""
+    """A mean with its confidence interval: of `n` items, over `trainings` trainings.
+
+    `of_trainings`: the share of the mean's variance that the trainings hold, 0 to 1.
+    """
 
     mean: float
     low: float
     high: float
     n: int
     trainings: int = 1
+    of_trainings: float = 0.0
 
     def __str__(self):
         return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
-def bootstrap_ci(values, *, groups=None, level=0.95, resamples=2000, seed=0):
-    """Return the mean of `values` with its percentile bootstrap interval (Efron, 1979).
+def each_training(things):
+    """Return what several trainings made, a list, as it is, and what one made as a list of one."""
+    return things if isinstance(things, list) else [things]
 
-    Each resample draws groups of items, and of s trainings s - 1, independently, with replacement:
-    the interval holds the variance over both. Drawing s would state (s - 1) / s of the variance
-    over trainings (McCarthy and Snowden, 1985). Few trainings know little of their own spread: of
-    three that differ more than items do, the interval is their range, and covers the mean of all
-    trainings in 3 of 4 cases. A single training has no spread: its interval says nothing about
-    another training of the same method.
+
+def bootstrap_ci(values, *, groups=None, level=0.95, resamples=2000, seed=0):
+    """Return the mean of `values` over prompts and trainings with its confidence interval.
+
+    A prompt's images are averaged first. One training: the percentile bootstrap over the g prompts
+    (Efron, 1979), which says nothing about another training of the same method. Of s trainings the
+    same prompts are read by each, so the two are crossed, and the mean's variance comes from the
+    mean squares of seeds, prompts and what is left (MS_S, MS_P, MS_R), with s - 1, g - 1 and
+    (s - 1)(g - 1) degrees of freedom f:
+
+        Var = (MS_S + MS_P - MS_R) / (s g),
+        nu = (MS_S + MS_P - MS_R)^2 / (MS_S^2 / f_S + MS_P^2 / f_P + MS_R^2 / f_R);
+
+    the interval is Student's t with nu degrees of freedom (Satterthwaite, 1946). Simulated with 500
+    prompts and 3 trainings that hold 0, 30, 60 and 90 % of the mean's variance it covers in 95, 94,
+    94 and 93 of 100 cases, an interval over prompts alone in 95, 90, 79 and 46 (a test repeats it).
 
     Parameters
     ----------
     values : array-like (n,) or (s, n)
         Of one training, or of s trainings of one method on the same n items.
     groups : array-like (n,), optional
-        Items of one group are drawn together. Images of one prompt share their target: pass the
-        prompts, or the interval is too narrow.
+        The items' prompts. Images of one prompt share their target: without, the interval is too
+        narrow.
     level : float
         Coverage.
     resamples, seed : int
+        Of the bootstrap.
 
     Returns
     -------
@@ -135,25 +152,24 @@ def bootstrap_ci(values, *, groups=None, level=0.95, resamples=2000, seed=0):
     BadValueError
         There are no values, one is not finite, or there is not one group per item.
     """
-    sums, sizes = _group_sums(values, groups)
-    trainings, count = sums.shape
-    generator, of_trainings = rng("bootstrap", seed), rng("bootstrap trainings", seed)
-    drawn_trainings = max(trainings - 1, 1)
-    even = np.full(trainings, 1 / trainings)
-    means = np.empty(resamples)
-    for start in range(0, resamples, 256):  # blocks bound the memory
-        block = means[start : start + 256]
-        drawn = generator.integers(count, size=(len(block), count))
-        share = of_trainings.multinomial(drawn_trainings, even, size=len(block)) / drawn_trainings
-        totals = np.take_along_axis(share @ sums, drawn, axis=1).sum(axis=1)
-        block[:] = totals / sizes[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    mean = sums.mean(axis=0).sum() / sizes.sum()
-    return Estimate(float(mean), float(low), float(high), np.shape(values)[-1], trainings)
+    means = _by_prompt(values, groups)
+    mean, (trainings, count) = float(means.mean()), means.shape
+    share = 0.0
+    if trainings == 1:
+        generator, drawn = rng("bootstrap", seed), np.empty(resamples)
+        for start in range(0, resamples, 256):  # blocks bound the memory
+            block = drawn[start : start + 256]
+            block[:] = means[0, generator.integers(count, size=(len(block), count))].mean(axis=1)
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    else:
+        error, nu, share = _crossed(means)
+        half = stdtrit(nu, (1 + level) / 2) * error
+        low, high = mean - half, mean + half
+    return Estimate(mean, float(low), float(high), np.shape(values)[-1], trainings, share)
 
 
-def _group_sums(values, groups):
-    """Return each group's sum by training (s, g) and size (g,); a value alone is its own group."""
+def _by_prompt(values, groups):
+    """Return each prompt's mean by training (s, g); a value without groups is its own prompt."""
     values = np.asarray(values, np.float64)
     if values.ndim not in (1, 2) or not values.size:
         fix = "Hand in one number per item, at least one, or one row of them per training."
@@ -163,13 +179,27 @@ def _group_sums(values, groups):
     if not finite.all():
         raise BadValueError(f"value {int(np.argmin(finite))} is not finite")
     if groups is None:
-        return values, np.ones(values.shape[1])
+        return values
     if len(groups) != values.shape[1]:
         message = f"{len(groups)} groups for {values.shape[1]} values"
         raise BadValueError(message, "Hand in one group per value.")
     inverse = np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums = np.stack([np.bincount(inverse, row) for row in values])
-    return sums, np.bincount(inverse).astype(float)
+    return np.stack([np.bincount(inverse, row) for row in values]) / np.bincount(inverse)
+
+
+def _crossed(means):
+    """Return the standard error of the mean of (s, g), its nu, and the share of the trainings."""
+    s, g = means.shape
+    by_seed, by_prompt = means.mean(axis=1, keepdims=True), means.mean(axis=0, keepdims=True)
+    rest = means - by_seed - by_prompt + means.mean()
+    free = np.maximum([s - 1, g - 1, (s - 1) * (g - 1)], 1)  # a single prompt has no spread
+    squares = g * by_seed.var() * s, s * by_prompt.var() * g, np.square(rest).sum()
+    seeds, prompts, left = np.array(squares) / free
+    total = max(seeds + prompts - left, left)  # a mean varies at least as its rest does
+    if not total:
+        return 0.0, 1.0, 0.0
+    nu = total**2 / (np.array([seeds, prompts, left]) ** 2 / free).sum()
+    return float(np.sqrt(total / (s * g))), float(nu), float(max(seeds - left, 0) / total)
 
 
 @dataclass(frozen=True)
@@ -180,50 +210,71 @@ class Comparison:
     p: float
 
     def __str__(self):
+        return f"{self.signed}, p = {self.p:.2g}"
+
+    @property
+    def signed(self):
+        """The difference and its interval as text."""
         mean, low, high = self.difference.mean, self.difference.low, self.difference.high
-        return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}], p = {self.p:.2g}"
+        return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+    @property
+    def verdict(self):
+        """What the interval says of the methods; one training says nothing of them."""
+        if self.difference.trainings == 1:
+            return "one training"
+        if self.difference.low <= 0 <= self.difference.high:
+            return "not told apart"
+        return "better" if self.difference.mean > 0 else "worse"
 
 
 def paired_test(a, b, *, groups=None, resamples=10_000, seed=0):
-    """Compare two scores of the same items: sign-flip permutation test of the mean, two-sided.
+    """Compare two scores of the same items, paired by item and training.
 
-    The interval of the difference is that of `bootstrap_ci`, over trainings and groups. The p-value
-    flips the signs of groups of items, of the mean over trainings: it asks whether *these*
-    trainings differ on other items, and does not know the spread over trainings. Where the two
-    disagree, the interval is about the method.
+    The interval of the difference is that of `bootstrap_ci`. Of several trainings the p-value comes
+    from the same Student's t. Of one it is a sign-flip permutation test over prompts, two-sided:
+    it asks whether *these* trainings differ on other prompts, and says nothing of the methods.
 
     Parameters
     ----------
     a, b : array-like (n,) or (s, n)
-        Scores by one training or by s trainings, for example of equal seeds, of the same n items.
+        Scores of the same n items by one training or by s, for example of equal seeds. One of the
+        two may be (n,), for an answer that needs no training.
     groups : array-like (n,), optional
-        Items of one group flip together; see `bootstrap_ci`.
+        The items' prompts, see `bootstrap_ci`.
     resamples, seed : int
+        Of the permutations; with those `p` is at least 1 / (resamples + 1).
 
     Returns
     -------
     Comparison
-        `p` is at least 1 / (resamples + 1).
 
     Raises
     ------
     BadValueError
-        The shapes differ, or see `bootstrap_ci`.
+        The shapes do not fit, or see `bootstrap_ci`.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        fix = "A paired test needs the same items in the same order."
+    if a.shape[-1:] != b.shape[-1:] or (a.ndim == b.ndim and a.shape != b.shape):
+        fix = "A paired test needs the same items in the same order, by equally many trainings."
         raise BadValueError(f"a has {a.shape}, b {b.shape} values", fix)
-    sums = _group_sums(a - b, groups)[0].mean(axis=0)
-    observed = abs(sums.sum())
-    generator = rng("sign flip", seed)
-    extreme = 0
-    for start in range(0, resamples, 256):
-        size = min(256, resamples - start), len(sums)
-        signs = generator.integers(2, size=size) * 2.0 - 1.0
-        extreme += int((np.abs(signs @ sums) >= observed * (1 - 1e-12)).sum())
+    means = _by_prompt(a - b, groups)
     difference = bootstrap_ci(a - b, groups=groups, seed=seed)
-    return Comparison(difference, (extreme + 1) / (resamples + 1))
+    if len(means) == 1:
+        return Comparison(difference, _sign_flips(means[0], resamples, seed))
+    error, nu, _ = _crossed(means)
+    p = 2 * stdtr(nu, -abs(difference.mean) / error) if error else difference.mean == 0
+    return Comparison(difference, float(p))
+
+
+def _sign_flips(means, resamples, seed):
+    """Return how often the mean is as far from zero as it is if signs are drawn by chance."""
+    generator, extreme = rng("sign flip", seed), 0
+    for start in range(0, resamples, 256):
+        size = min(256, resamples - start), len(means)
+        signs = generator.integers(2, size=size) * 2.0 - 1.0
+        extreme += int((np.abs(signs @ means) >= abs(means.sum()) * (1 - 1e-12)).sum())
+    return (extreme + 1) / (resamples + 1)
 
 
 # --- ranks ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ No pyplot state; colours are safe for the colour-blind.
 """
 
 import textwrap
+from itertools import zip_longest
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rsdlib import files, runtime
+from rsdlib.analysis.metrics import each_training
 
 # Okabe and Ito's palette, distinguishable under every common colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -91,21 +93,22 @@ def plot_curves(runs, *, ax=None):
 
     Parameters
     ----------
-    runs : dict of str to DataFrame
-        Name to the metrics of `rsdlib.training.load_run`.
+    runs : dict of str to DataFrame, or to a list of them
+        Name to the metrics of `rsdlib.training.load_run`, of one training or of several.
 
     Returns
     -------
     Axes
     """
     ax = _axes(ax)
-    for (name, metrics), colour in zip(runs.items(), COLOURS, strict=False):
-        epochs = metrics.dropna(subset="val_similarity")
-        number, validation = epochs["epoch"] + 1, epochs["val_similarity"]
-        ax.plot(number, epochs["train_similarity"], "--", color=colour, linewidth=1.2)
-        ax.plot(number, validation, "-", color=colour, label=name)
-        best = validation.idxmax()
-        ax.plot(number[best], validation[best], "o", color=colour)
+    for (name, several), colour in zip(runs.items(), COLOURS, strict=False):
+        for label, metrics in zip_longest([name], each_training(several)):
+            epochs = metrics.dropna(subset="val_similarity")
+            number, validation = epochs["epoch"] + 1, epochs["val_similarity"]
+            ax.plot(number, epochs["train_similarity"], "--", color=colour, linewidth=1.2)
+            ax.plot(number, validation, "-", color=colour, label=label)
+            best = validation.idxmax()
+            ax.plot(number[best], validation[best], "o", color=colour)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="mean cosine similarity")
     title = "validation; training dashed, best epoch dotted"
@@ -149,7 +152,9 @@ def plot_scores(
             ax.plot(number, place, "D", markerfacecolor="none", color=COLOURS[1])
     ax.set_yticks(range(len(rows)), [row["method"] for row in rows])
     ax.grid(visible=False, axis="y")
-    note = "\n◇ the paper's number, on DiffusionDB" if reference else ""
+    most = max(row[of].get("trainings", 1) for row in rows)
+    note = f"\nover prompts and {most} trainings" if most > 1 else ""
+    note += "\n◇ the paper's number, on DiffusionDB" if reference else ""
     ax.set(ylim=(-0.6, len(rows) - 0.3), xlabel=f"{label}{note}")
     return ax
 
@@ -241,12 +246,12 @@ def plot_lines(lines, x, *, xlabel, ylabel, ax=None):
 
 
 def plot_points(points, *, xlabel, ylabel, ax=None):
-    """Draw named points, each with the 95 % interval of its height.
+    """Draw named points, each with its 95 % intervals.
 
     Parameters
     ----------
-    points : dict of str to (float, dict)
-        Place, and ``mean``, ``low``, ``high``.
+    points : dict of str to (float or dict, dict)
+        Place and height; dicts have ``mean``, ``low``, ``high``.
     xlabel, ylabel : str
 
     Returns
@@ -255,13 +260,13 @@ def plot_points(points, *, xlabel, ylabel, ax=None):
     """
     ax = _axes(ax)
     for number, (name, (x, estimate)) in enumerate(points.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        ax.errorbar([x], *_bounds([estimate]), fmt="o", color=colour, capsize=3)
-        beside = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
-        ax.annotate(name, (x, estimate["mean"]), **beside)
+        look = {"color": COLOURS[number % len(COLOURS)], "fmt": "os^"[number // len(COLOURS) % 3]}
+        x = x if isinstance(x, dict) else {"mean": x, "low": x, "high": x}
+        (place, width), (mean, height) = _bounds([x]), _bounds([estimate])
+        ax.errorbar(place, mean, height, width, capsize=3, label=name, **look)
     ax.axhline(0, color=GREY, linewidth=0.8)
-    ax.margins(x=0.15)
     ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), **_LEGEND)
     return ax
 
 

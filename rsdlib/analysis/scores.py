@@ -2,31 +2,10 @@
 
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from rsdlib.analysis import metrics
-
-
-def score(pred, target, groups):
-    """Return the figures that every result states.
-
-    Parameters
-    ----------
-    pred, target : ndarray (n, d)
-    groups : array-like (n,)
-        The prompts' keys: images of one prompt are resampled together and share one candidate in
-        the retrieval.
-
-    Returns
-    -------
-    dict
-        cosine (mean, low, high, n), median_rank, recall@1/5/10 and the number of candidates.
-    """
-    ranks = metrics.retrieval(pred, target, groups)
-    cosine = metrics.bootstrap_ci(metrics.cosine(pred, target), groups=groups)
-    recalls = {f"recall@{k}": ranks.recall(k) for k in (1, 5, 10)}
-    facts = {"median_rank": ranks.median_rank, **recalls, "candidates": ranks.candidates}
-    return {"cosine": asdict(cosine), **facts}
 
 
 @dataclass
@@ -41,8 +20,8 @@ class Scores:
         True embeddings.
     groups : ndarray (n,)
         Prompt of each item.
-    predictions : dict of str to ndarray (n, d)
-        By method; to be filled.
+    predictions : dict of str to ndarray (n, d), or to a list of them
+        By method, a list of one array for each training; to be filled.
     """
 
     rows: object
@@ -51,8 +30,23 @@ class Scores:
     predictions: dict = field(default_factory=dict)
 
     def cosine(self, method):
-        """Return each item's cosine similarity under `method`: (n,)."""
-        return metrics.cosine(self.predictions[method], self.target)
+        """Return each item's cosine similarity under `method`: (n,), of s trainings (s, n)."""
+        several = metrics.each_training(self.predictions[method])
+        cosines = np.stack([metrics.cosine(pred, self.target) for pred in several])
+        return cosines if len(several) > 1 else cosines[0]
+
+    def ranks(self, method):
+        """Return the `Retrieval` of all images, of all trainings."""
+        several = metrics.each_training(self.predictions[method])
+        found = [metrics.retrieval(pred, self.target, self.groups) for pred in several]
+        return metrics.Retrieval(np.concatenate([r.ranks for r in found]), found[0].candidates)
+
+    def score(self, method):
+        """Return the figures that every result states; those of retrieval are over `ranks`."""
+        ranks, cosine = self.ranks(method), self.estimate(method)
+        recalls = {f"recall@{k}": ranks.recall(k) for k in (1, 5, 10)}
+        facts = {"median_rank": ranks.median_rank, **recalls, "candidates": ranks.candidates}
+        return {"trainings": cosine["trainings"], "cosine": cosine, **facts}
 
     def estimate(self, method):
         """Return a method's mean cosine similarity with its interval, as a dict."""
@@ -66,8 +60,8 @@ class Scores:
     def table(self, baselines):
         """Return one row per method: its scores, and its gain over each baseline."""
         rows = []
-        for method, pred in self.predictions.items():
-            row = {"method": method, **score(pred, self.target, self.groups)}
+        for method in self.predictions:
+            row = {"method": method, **self.score(method)}
             if method not in baselines:
                 row |= {f"gain over {name}": self.gain(method, name) for name in baselines}
             rows.append(row)
@@ -75,7 +69,9 @@ class Scores:
 
 
 def as_table(rows):
-    """Return score rows as a data frame to read: intervals in brackets, gains with p-values.
+    """Return score rows as a data frame to read: intervals in brackets, gains with a verdict.
+
+    Gains of one training have none and show their p-value.
 
     Parameters
     ----------
@@ -93,7 +89,8 @@ def as_table(rows):
 
 def _text(value):
     if isinstance(value, dict) and "p" in value:
-        return f"{_text(value['difference'])}, p = {value['p']:.2g}"
+        gain = metrics.Comparison(metrics.Estimate(**value["difference"]), value["p"])
+        return f"{gain.signed}, {gain.verdict}" if gain.difference.trainings > 1 else str(gain)
     if isinstance(value, dict):
-        return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+        return str(metrics.Estimate(**value))
     return f"{value:.3g}" if isinstance(value, float) else value

@@ -1,7 +1,7 @@
 """The paper's tables, ours beside them: read from the JSON files that notebooks write.
 
-A stored row has ``method``, a score (``cosine``, or ``RefCLIPScore`` in table 1) with mean, low,
-high, n and trainings, and its paired comparisons.
+A stored row has ``method``, a score (``cosine``, or ``RefCLIPScore`` in table 1), which is an
+`Estimate`, its paired comparisons, and in table 2 ``steps``, of training.
 """
 
 import tomllib
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsdlib import files
-from rsdlib.analysis.metrics import Estimate
+from rsdlib.analysis.metrics import Comparison, Estimate
 from rsdlib.errors import CacheError
 
 _PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text(encoding="utf-8"))
@@ -21,16 +21,13 @@ SINGLE = {f"{name} + MLC + CL": PAPER["table 5"][name[0].upper()] for name in VA
 
 
 @dataclass(frozen=True)
-class Gain:
+class Gain(Comparison):
     """A method's paired comparison with the method `over`."""
 
-    over: str
-    difference: Estimate
-    p: float
+    over: str = ""
 
     def __str__(self):
-        mean, low, high = self.difference.mean, self.difference.low, self.difference.high
-        return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] over {self.over}, p = {self.p:.2g}"
+        return f"{self.signed} over {self.over}, p = {self.p:.2g}"
 
 
 def gains(row):
@@ -50,7 +47,7 @@ def gains(row):
     for name, test in row.items():
         if isinstance(test, dict) and "p" in test:
             over = test.get("over") or row.get("best member") or name.removeprefix("gain over ")
-            records.append(Gain(over, Estimate(**test["difference"]), test["p"]))
+            records.append(Gain(Estimate(**test["difference"]), test["p"], over))
     return records
 
 
@@ -65,10 +62,10 @@ def collect(folder):
     Returns
     -------
     dict of str to list of dict
-        For each key of `PAPER` the rows: ``method``, ``score`` (mean, low, high), ``trainings``
-        that the score is a mean of, ``gain`` (a `Gain`, or None: over the vanilla training where
-        the row has that, else over the mean embedding, else its first) and ``paper``, the paper's
-        number or None.
+        For each key of `PAPER` the rows: ``method``, ``score`` (the stored estimate),
+        ``trainings`` that it is a mean of, ``gain`` (a `Gain`, or None: over the vanilla training
+        where the row has that, else over the mean embedding, else its first), its ``verdict`` (or
+        None), ``steps`` where they are stored, and ``paper``, the paper's number or None.
 
     Raises
     ------
@@ -107,8 +104,11 @@ def _beside_the_paper(table, stored):
     rows = []
     for row in stored:
         score = row["RefCLIPScore" if table == "table 1" else "cosine"]
+        gain = _shown(gains(row))
         facts = {"method": row["method"], "score": score, "trainings": score.get("trainings", 1)}
-        rows.append({**facts, "gain": _shown(gains(row)), "paper": paper.get(row["method"])})
+        facts |= {"gain": gain, "verdict": gain and gain.verdict}
+        facts |= {"steps": row["steps"]} if "steps" in row else {}
+        rows.append({**facts, "paper": paper.get(row["method"])})
     return rows
 
 
@@ -142,7 +142,7 @@ def beside(table, methods):
 
 
 def markdown(tables):
-    """Return `collect`'s tables as Markdown; a table of more than one training says how many.
+    """Return `collect`'s tables as Markdown, below each what share its trainings hold.
 
     Parameters
     ----------
@@ -154,18 +154,36 @@ def markdown(tables):
     """
     lines = []
     for number, (table, rows) in enumerate(tables.items(), 1):
-        most = max(row["trainings"] for row in rows)
-        ours = "ours, 95 % interval" if most == 1 else f"ours, {most} trainings, 95 % interval"
-        lines += [f"**Table {number}. {TITLES[table]}**", ""]
-        lines += [f"| method | {ours} | gain, paired test | the paper |", "|---|---|---|---|"]
+        steps = any("steps" in row for row in rows)
+        names = ["method", *["steps"] * steps, "trainings", "ours, 95 % interval"]
+        names += ["gain, paired test", "verdict", "the paper"]
+        lines += [f"**Table {number}. {TITLES[table]}**", "", *_head(names)]
         for row in rows:
-            score = str(Estimate(**row["score"]))
-            if row["trainings"] != most:
-                score += f", trainings: {row['trainings']}"
-            paper = "" if row["paper"] is None else f"{row['paper']:.4f}"
-            lines.append(f"| {row['method']} | {score} | {row['gain'] or ''} | {paper} |")
-        lines.append("")
+            cells = [row["method"], *[row.get("steps", "")] * steps, row["trainings"]]
+            cells += [Estimate(**row["score"]), row["gain"] or "", row["verdict"] or ""]
+            lines.append(_line([*cells, "" if row["paper"] is None else f"{row['paper']:.4f}"]))
+        lines += [*_shares(rows), ""]
     return "\n".join(lines)
+
+
+def _head(names):
+    return [_line(names), "|" + len(names) * "---|"]
+
+
+def _line(cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _shares(rows):
+    """Return lines that say how much of the variance is the trainings', where there are several."""
+    held = {"means": [Estimate(**row["score"]) for row in rows]}
+    held["gains"] = [row["gain"].difference for row in rows if row["gain"]]
+    said = []
+    for what, estimates in held.items():
+        shares = [estimate.of_trainings for estimate in estimates if estimate.trainings > 1]
+        if shares:
+            said.append(f"{min(shares):.0%} to {max(shares):.0%} of the {what}' variance")
+    return ["", f"The trainings hold {', '.join(said)}."] if said else []
 
 
 def real_pictures(folder):
@@ -184,17 +202,20 @@ def real_pictures(folder):
     for path in sorted(files.resolve_path(folder).glob("10_*.json")):
         stored = files.read_json(path)
         lines += [f"**`{path.stem[3:]}`**, a split by prompt", ""]
-        lines += ["| reader | cosine | gain, paired test | true prompt: median rank | first |"]
-        lines += ["|---|---|---|---|---|"]
+        names = ["reader", "trainings", "cosine", "gain, paired test", "verdict"]
+        names += ["true prompt: median rank", "first"]
+        lines += _head(names)
         for row in stored["table"]:
+            estimate, gain = Estimate(**row["cosine"]), _shown(gains(row))
+            cells = [row["method"], estimate.trainings, estimate, gain or ""]
             rank = f"{row['median_rank']:g} of {row['candidates']}"
-            cells = [row["method"], str(Estimate(**row["cosine"])), _shown(gains(row)) or ""]
-            lines.append(f"| {' | '.join(map(str, cells))} | {rank} | {row['recall@1']:.0%} |")
+            cells += [gain.verdict if gain else "", rank, f"{row['recall@1']:.0%}"]
+            lines.append(_line(cells))
         for name, row in stored["splits"].items():
             rank = f"{row['median rank']:g} of {row['of']}"
-            cells = [f"{stored['turns']} splits, {name}", f"{row['cosine']:.4f}"]
-            cells += [row["gain over constant"], rank, f"{row['first']:.0%}"]
-            lines += [f"| {' | '.join(cells)} |"] if not name.startswith("split") else []
+            cells = [f"{stored['turns']} splits, {name}", "", f"{row['cosine']:.4f}"]
+            cells += [row["gain over constant"], "", rank, f"{row['first']:.0%}"]
+            lines += [_line(cells)] if not name.startswith("split") else []
         lines.append("")
     return "\n".join(lines)
 

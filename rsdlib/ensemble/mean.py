@@ -64,6 +64,33 @@ def _in_order(weights, names):
     return weights
 
 
+def align(predictions, known):
+    """Return predictions, all moved by one vector so that their mean is that of `known`.
+
+    What a new domain adds to every prediction alike goes. No target is read, but the domain's
+    prompts must be those of the known one on average.
+
+    Parameters
+    ----------
+    predictions : array-like (n, d)
+        Of the domain's images.
+    known : array-like (m, d)
+        Of images such as the models have trained on.
+
+    Returns
+    -------
+    ndarray (n, d), float32, unit rows
+
+    Raises
+    ------
+    BadValueError
+        A row is zero or not finite, before or after.
+    """
+    rows, known = unit_rows(predictions, "predictions"), unit_rows(known, "known")
+    moved = rows + known.mean(axis=0) - rows.mean(axis=0)
+    return unit_rows(moved, "the moved predictions").astype(np.float32)
+
+
 def subsets(names):
     """Return every non-empty subset of the models, in the order of the supplementary's Table 5.
 

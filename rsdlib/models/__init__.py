@@ -30,8 +30,12 @@ from rsdlib.models.sampling import (
 from rsdlib.models.speech import Speech, open_speech
 from rsdlib.models.unet import (
     DROPPED,
+    CaptionedLatents,
+    KeepingObjective,
     Latents,
+    Texts,
     UNetEncoder,
+    encoder_parts,
     into_unet,
     swap_encoder,
     switch_step,

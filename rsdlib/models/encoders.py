@@ -209,12 +209,15 @@ def _open_clip(config, pretrained):
 
 
 def _diffusers(config, pretrained):
-    """Build the encoder half of a Stable Diffusion's U-Net."""
-    from rsdlib.models import sampling, unet
+    """Build the encoder half of a Stable Diffusion's U-Net; ``captioner`` names who tells it."""
+    from rsdlib.models import blip, sampling, unet
 
-    options = {} if config.pretrained else as_dict(config.options)
+    options, size = as_dict(config.options), config.image_size
+    captioner, noised = options.pop("captioner", None), options.pop("noised", False)
+    captioner = captioner and blip.open_captioner(captioner)
+    options = {} if config.pretrained else options
     folder = sampling.pipeline_folder(config.model)
-    encoder = unet.open_encoder(folder, pretrained, options, config.image_size)
+    encoder = unet.open_encoder(folder, pretrained, options, size, captioner, noised)
     if config.gradient_checkpointing:
         encoder.unet.enable_gradient_checkpointing()
     return encoder

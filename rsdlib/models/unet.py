@@ -4,14 +4,17 @@ The paper's white-box backbone (supplementary, section 8) and its U-Net swap (se
 """
 
 import copy
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rsdlib import files, runtime
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError
 from rsdlib.models.encoders import FrontedEncoder, no_model
+from rsdlib.models.heads import JointObjective
 
 DROPPED = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")  # the decoder half
 SLICE = 16 * 512 * 512  # pixels that the autoencoder reads at once: 16 images of 512 a side
@@ -20,22 +23,29 @@ SLICE = 16 * 512 * 512  # pixels that the autoencoder reads at once: 16 images o
 
 
 class UNetEncoder(FrontedEncoder):
-    """Reads clean latents with the down and mid blocks of a U-Net, at timestep 0, without noise.
+    """Reads latents with the down and mid blocks of a U-Net, at timestep 0, and beside them a text.
 
     Weights keep the names and shapes that they have in the whole U-Net, below ``unet.``, so that
-    they can go back into one.
+    they can go back into one. The text is the image's caption where `front` gives one, else the
+    empty prompt; never the true prompt.
 
     Parameters
     ----------
     unet : diffusers.UNet2DConditionModel
         Its decoder half is taken off: the module is used up.
     context : Tensor (t, c)
-        What stands in for the prompt in cross-attention wherever a batch does not bring its own:
-        the text encoder's states of the empty prompt. Never the true prompt.
+        The text encoder's states of the empty prompt.
     front : nn.Module, optional
-        Maps uint8 images to what `forward` reads; kept beside the module, not in it.
+        Maps uint8 images to what `forward` reads, see `Latents` and `CaptionedLatents`; kept beside
+        the module, not in it.
     image_size : int
         Pixels a side that `front` reads.
+    alphas : Tensor (T,), optional
+        The share of signal that the sampler's noise leaves at each of its timesteps, squared:
+        needed by `with_noise`.
+    noised : bool
+        In training, read latents as the sampler sees them, at a timestep drawn for each; by default
+        they are clean, as in the paper.
 
     Attributes
     ----------
@@ -43,33 +53,66 @@ class UNetEncoder(FrontedEncoder):
         Channels of the mid block.
     """
 
-    def __init__(self, unet, context, front=None, image_size=None):
+    def __init__(self, unet, context, front=None, image_size=None, alphas=None, noised=False):
         super().__init__(front)
         _check_conditions(unet, context)
         for name in DROPPED:
             delattr(unet, name)
-        self.unet, self.image_size = unet, image_size
+        self.unet, self.image_size, self.noised = unet, image_size, noised
         self.features = unet.config.block_out_channels[-1]
         self.register_buffer("context", context)
+        self.register_buffer("alphas", alphas, persistent=False)
 
-    def maps(self, latents, context=None):
-        """Return the mid block's output (b, p, h', w').
+    def unpack(self, inputs):
+        """Return latents (b, c, h, w) and contexts (b, t, k) of what `forward` reads."""
+        if inputs.dim() == 4:
+            return inputs.float(), self.context.expand(len(inputs), -1, -1)
+        latents, tokens = self._parts(inputs)
+        return latents, self.front.texts.to(latents.device).states(tokens)
 
-        It is given latents (b, c, h, w) and, optionally, a text context (b, t, k).
+    def captions(self, inputs):
+        """Return the captions in what `forward` reads, as their tokenizer spells them."""
+        return self.front.texts.words(self._parts(inputs)[1])
+
+    def _parts(self, inputs):
+        return unpack(inputs, self.unet.config.in_channels, len(self.context))
+
+    def with_noise(self, latents):
+        """Return latents with the sampler's noise, and the timesteps (b,) drawn for them."""
+        steps = torch.randint(len(self.alphas), (len(latents),), device=latents.device)
+        signal = self.alphas[steps].view(-1, 1, 1, 1)
+        noise = torch.randn_like(latents)
+        return signal.sqrt() * latents + (1 - signal).sqrt() * noise, steps
+
+    def all_maps(self, latents, context, steps=0):
+        """Return the maps that the decoder half is handed: each skip connection's, and the mid's.
+
+        It is given latents (b, c, h, w), a context (b, t, k) and timesteps, one or (b,).
         """
-        if context is None:
-            context = self.context.expand(len(latents), -1, -1)
         unet, context = self.unet, context.to(latents.dtype)
-        steps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+        steps = torch.as_tensor(steps, device=latents.device).expand(len(latents))
         time = unet.time_embedding(unet.time_proj(steps).to(latents.dtype))
         sample = unet.conv_in(latents)
+        maps = [sample]
         for block in unet.down_blocks:
-            sample, _ = block(hidden_states=sample, temb=time, **_text_for(block, context))
-        return unet.mid_block(sample, time, **_text_for(unet.mid_block, context))
+            sample, skips = block(hidden_states=sample, temb=time, **_text_for(block, context))
+            maps += skips
+        return [*maps, unet.mid_block(sample, time, **_text_for(unet.mid_block, context))]
 
-    def forward(self, latents, context=None):
-        """Map latents (b, c, h, w) to features (b, p): the mid block's mean over places."""
-        return self.maps(latents.float(), context).mean(dim=(2, 3))
+    def maps(self, inputs, context=None):
+        """Return the mid block's output (b, p, h', w'); a `context` replaces the inputs' own."""
+        latents, own = self.unpack(inputs)
+        steps = 0
+        if self.training and self.noised:
+            latents, steps = self.with_noise(latents)
+        return self.all_maps(latents, own if context is None else context, steps)[-1]
+
+    def forward(self, inputs, context=None):
+        """Map what the front made of images to features (b, p): the mid block's mean over places.
+
+        Without a front's captions, these are latents (b, c, h, w).
+        """
+        return self.maps(inputs, context).mean(dim=(2, 3))
 
 
 def _text_for(block, context):
@@ -118,13 +161,87 @@ class Latents(nn.Module):
         return self.vae.encode(pixels).latent_dist.mode() * self.scale
 
 
-def open_encoder(folder, pretrained=True, options=None, image_size=None):
+class CaptionedLatents(nn.Module):
+    """Frozen front of a U-Net encoder that reads captions: latents, and the caption's tokens.
+
+    A caption is made from the image alone, by a captioner as it came.
+
+    Parameters
+    ----------
+    latents : Latents
+    captioner : rsdlib.models.Captioner
+    texts : Texts
+        Its tokens are stored; `UNetEncoder` asks it for their states.
+    """
+
+    def __init__(self, latents, captioner, texts):
+        super().__init__()
+        self.latents, self.texts = latents, texts
+        self.captioner = captioner.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images):
+        """Map uint8 images (b, 3, s, s) to latents and tokens in one row each, see `unpack`."""
+        latents = self.latents(images).flatten(1)
+        size = self.captioner.image_size
+        if images.shape[-1] != size:
+            sizes = {"size": (size, size), "mode": "bicubic", "antialias": True}
+            images = F.interpolate(images.float(), **sizes).round().clamp(0, 255)
+        tokens = self.texts.tokens(self.captioner.caption(images, beams=1)).to(latents.device)
+        return torch.cat([latents, tokens % PAGE, tokens // PAGE], dim=1)
+
+
+PAGE = 2048  # float16 counts no further: a token is stored as its page and its place on it
+
+
+def unpack(inputs, channels, length):
+    """Return latents (b, c, h, w) and tokens (b, t) of rows that `CaptionedLatents` made."""
+    flat, places, pages = inputs.split([inputs.shape[1] - 2 * length, length, length], dim=1)
+    side = round((flat.shape[1] / channels) ** 0.5)
+    return flat.float().unflatten(1, (channels, side, side)), (places + PAGE * pages.float()).long()
+
+
+class Texts(nn.Module):
+    """A Stable Diffusion's frozen text encoder with its tokenizer.
+
+    Parameters
+    ----------
+    folder : Path
+        In diffusers' format.
+    """
+
+    def __init__(self, folder):
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        super().__init__()
+        encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        self.encoder = encoder.float().eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+
+    def tokens(self, prompts):
+        """Return the tokens of prompts (n, t), int64, cut and filled to the model's length."""
+        how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return self.tokenizer(list(prompts), **how).input_ids
+
+    def words(self, tokens):
+        """Return the texts of tokens (n, t), as the tokenizer spells them."""
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def states(self, tokens):
+        """Return what cross-attention reads (n, t, c)."""
+        return self.encoder(tokens).last_hidden_state
+
+
+def open_encoder(
+    folder, pretrained=True, options=None, image_size=None, captioner=None, noised=False
+):
     """Build the U-Net encoder of a diffusers Stable Diffusion folder.
 
     Parameters
     ----------
     folder : Path
-        With ``unet``, ``vae``, ``text_encoder`` and ``tokenizer``.
+        With ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
     pretrained : bool
         False draws random weights; what is frozen (autoencoder, text encoder) is opened all the
         same.
@@ -132,24 +249,33 @@ def open_encoder(folder, pretrained=True, options=None, image_size=None):
         Settings of the U-Net that differ from the folder's; with random weights only.
     image_size : int, optional
         Pixels a side; the default is what the model was trained with.
+    captioner : rsdlib.models.Captioner, optional
+        Whose captions are read beside the images; without, the empty prompt is.
+    noised : bool
+        See `UNetEncoder`.
 
     Returns
     -------
     UNetEncoder
     """
     diffusers = runtime.require("diffusers")
-    fix = "It needs unet, vae, text_encoder and tokenizer in diffusers' format."
+    fix = "It needs unet, vae, text_encoder, tokenizer and scheduler in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion folder: {{}}", fix):
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        sampler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         if pretrained:
             unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         else:
             config = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
             unet = diffusers.UNet2DConditionModel.from_config({**config, **(options or {})})
-        context = text_states(folder, [""])[0]
+        texts = Texts(folder)
+        context = texts.states(texts.tokens([""]))[0]
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     size = image_size or unet.config.sample_size * factor
-    return UNetEncoder(unet, context, Latents(vae), size)
+    front = Latents(vae)
+    if captioner is not None:
+        front = CaptionedLatents(front, captioner, texts)
+    return UNetEncoder(unet, context, front, size, sampler.alphas_cumprod, noised)
 
 
 def text_states(folder, prompts):
@@ -165,14 +291,57 @@ def text_states(folder, prompts):
     -------
     Tensor (n, t, c)
     """
-    from transformers import CLIPTextModel, CLIPTokenizer
+    texts = Texts(folder)
+    return texts.states(texts.tokens(prompts))
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float().eval()
-    how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    tokens = tokenizer(list(prompts), **how).input_ids
-    with torch.no_grad():
-        return encoder(tokens).last_hidden_state
+
+# --- fine-tuned, yet fit to paint -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeepingObjective(JointObjective):
+    """The joint objective and how far the encoder has left what the decoder half was trained on.
+
+    L + keep * mean_k |m_k - o_k|^2 / |o_k|^2 over the maps m_k that the decoder half is handed
+    (each skip connection's, and the mid block's) and the original encoder's o_k, on latents with
+    the sampler's noise, half of them with the empty prompt, as in its guidance. The paper has no
+    such term.
+
+    Parameters
+    ----------
+    weight, huber
+        See `JointObjective`.
+    keep : float
+    original : UNetEncoder
+        Frozen here.
+    share : float
+        Of each batch that the second term is computed on.
+    """
+
+    keep: float = 1.0
+    original: nn.Module = None
+    share: float = 0.25
+
+    def __call__(self, model, batch):
+        """Return the loss, a scalar, and the cosine similarities (b,)."""
+        loss, similarity = super().__call__(model, batch)
+        encoder = getattr(model, "module", model).backbone
+        original = self.original.to(batch["input"].device).eval().requires_grad_(False)
+        count = max(round(self.share * len(batch["input"])), 1)
+        latents, context = encoder.unpack(batch["input"][:count])
+        told = torch.arange(count, device=latents.device) % 2 == 0  # the others are not, as guided
+        context = torch.where(told[:, None, None], context, encoder.context)
+        latents, steps = encoder.with_noise(latents)
+        with torch.no_grad():
+            kept = original.all_maps(latents, context, steps)
+        ours = encoder.all_maps(latents, context, steps)
+        return loss + self.keep * distances(ours, kept).mean(), similarity
+
+
+def distances(maps, originals):
+    """Return |m - o|^2 / |o|^2 of each map (k,)."""
+    pairs = zip(maps, originals, strict=True)
+    return torch.stack([(m - o).square().sum() / o.square().sum() for m, o in pairs])
 
 
 # --- back into the pipeline -----------------------------------------------------------------------
@@ -184,7 +353,7 @@ def encoder_parts(unet):
     return [name for name, part in kept if any(True for _ in part.parameters())]
 
 
-def into_unet(encoder, unet, blend=1.0):
+def into_unet(encoder, unet, blend=1.0, parts=("",)):
     """Put an encoder's weights into a whole U-Net, in place; its decoder half stays as it is.
 
     Parameters
@@ -192,12 +361,17 @@ def into_unet(encoder, unet, blend=1.0):
     encoder : UNetEncoder
     unet : diffusers.UNet2DConditionModel
     blend : float
-        1 takes the encoder's weights, 0 keeps the U-Net's own, in between mixes them linearly.
+        1 takes the encoder's weights, 0 keeps the U-Net's own, in between mixes them linearly;
+        below 0 goes away from the encoder.
+    parts : sequence of str
+        What the names of the weights to take begin with, such as ``"mid_block"``; all by default.
 
     Raises
     ------
     CheckpointError
         The encoder is of another architecture: the tensors that do not fit are named.
+    BadValueError
+        There is no such part.
     """
     own, new = unet.state_dict(), encoder.unet.state_dict()
     wrong = [n for n, value in new.items() if n not in own or own[n].shape != value.shape]
@@ -206,11 +380,16 @@ def into_unet(encoder, unet, blend=1.0):
         some = ", ".join(wrong[:3])
         message = f"the encoder does not fit this U-Net: {len(wrong)} tensors differ ({some}, …)"
         raise CheckpointError(message, "Use the U-Net it came from.")
-    mixed = {name: torch.lerp(own[name].to(value), value, blend) for name, value in new.items()}
+    for part in parts:
+        if not any(name.startswith(part) for name in new):
+            fix = f"Parts are {', '.join(encoder_parts(unet))}."
+            raise BadValueError(f"the encoder has no part {part!r}", fix)
+    taken = {name: value for name, value in new.items() if name.startswith(tuple(parts))}
+    mixed = {name: torch.lerp(own[name].to(value), value, blend) for name, value in taken.items()}
     unet.load_state_dict({**own, **mixed})
 
 
-def with_encoder(unet, encoder, blend=1.0):
+def with_encoder(unet, encoder, blend=1.0, parts=("",)):
     """Return a U-Net with an encoder's weights, its decoder half shared with `unet`.
 
     Parameters
@@ -218,7 +397,7 @@ def with_encoder(unet, encoder, blend=1.0):
     unet : diffusers.UNet2DConditionModel
         Not changed.
     encoder : UNetEncoder
-    blend : float
+    blend, parts
         See `into_unet`.
 
     Returns
@@ -229,7 +408,7 @@ def with_encoder(unet, encoder, blend=1.0):
     swapped._modules = dict(unet._modules)
     for name in encoder_parts(unet):
         swapped._modules[name] = copy.deepcopy(unet._modules[name])
-    into_unet(encoder, swapped, blend)
+    into_unet(encoder, swapped, blend, parts)
     return swapped
 
 
@@ -259,7 +438,7 @@ def weight_change(encoder, unet):
     return change
 
 
-def swap_encoder(pipe, encoder, start_step=1, blend=1.0):
+def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
     """Return a pipeline that takes `encoder` in place of its U-Net's own from a denoising step on.
 
     The first `start_step` steps run the pipeline's own U-Net; the paper's best images come from
@@ -275,7 +454,9 @@ def swap_encoder(pipe, encoder, start_step=1, blend=1.0):
         Number of steps before the swap, or, for a float in [0, 1], their share of all steps: see
         `switch_step`. 1.0 never swaps.
     blend : float
-        Share of the encoder's weights in the swapped ones, 0 to 1.
+        Share of the encoder's weights in the swapped ones, -1 to 1; see `into_unet`.
+    parts : sequence of str
+        See `into_unet`.
 
     Returns
     -------
@@ -287,13 +468,13 @@ def swap_encoder(pipe, encoder, start_step=1, blend=1.0):
     CheckpointError
         The encoder is of another architecture.
     BadValueError
-        `start_step` or `blend` is out of range; a number of steps above the sampler's own is
-        refused when sampling begins.
+        `start_step` or `blend` is out of range, or there is no such part; a number of steps above
+        the sampler's own is refused when sampling begins.
     """
-    if not 0 <= blend <= 1:
-        raise BadValueError(f"blend = {blend} is not between 0 and 1")
+    if not -1 <= blend <= 1:
+        raise BadValueError(f"blend = {blend} is not between -1 and 1")
     switch_step(start_step, pipe.scheduler.config.num_train_timesteps)  # as many as there may be
-    swapped = with_encoder(pipe.unet, encoder, blend)
+    swapped = with_encoder(pipe.unet, encoder, blend, parts)
     checker = pipe.config.get("requires_safety_checker", False)
     again = type(pipe)(**pipe.components, requires_safety_checker=checker)
     again.unet = SwitchingUNet(pipe.unet, swapped, again.scheduler, start_step)

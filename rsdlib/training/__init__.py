@@ -9,7 +9,9 @@ from rsdlib.training.curriculum import (
     levels,
     regime,
     run_difficulty,
+    shuffled,
     stages,
+    without_hardest,
 )
 from rsdlib.training.loop import Callback, Plan, Stage, State, fit
 from rsdlib.training.runs import (

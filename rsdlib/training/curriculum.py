@@ -142,10 +142,63 @@ def growing(rows, hardness, epochs, k=3, equal="epochs"):
     whole, part = divmod(epochs * len(rows) - visited, len(rows))
     if whole:
         plan.append(Stage(last, whole))
-    if part > 1:
-        drawn = runtime.rng("last part", len(rows), epochs, k).permutation(rows)[:part]
-        plan.append(Stage(np.sort(drawn), 1))
-    return plan
+    return [*plan, *_part(rows, part, len(rows), epochs, k)]
+
+
+def _part(rows, size, *key):
+    """Return the stage of a random part of the rows; none if a step could not be made of it."""
+    drawn = runtime.rng("last part", *key).permutation(rows)[:size]
+    return [Stage(np.sort(drawn), 1)] if size > 1 else []
+
+
+def without_hardest(rows, hardness, epochs, share=0.1):
+    """Plan selection without order: the hardest pairs are left out, the others come more often.
+
+    Parameters
+    ----------
+    rows : ndarray of int (n,)
+    hardness : ndarray (n,)
+    epochs : int
+        Of the training it is compared with: as many pairs are visited.
+    share : float
+        Of the pairs, left out.
+
+    Returns
+    -------
+    list of Stage
+
+    Raises
+    ------
+    BadValueError
+        `share` leaves no pairs, or is negative.
+    """
+    if not 0 <= share < 1:
+        raise BadValueError(f"a share of {share} cannot be left out", "Use one from 0 to below 1.")
+    easiest = np.argsort(hardness, kind="stable")[: math.ceil(len(rows) * (1 - share))]
+    kept = np.asarray(rows)[np.sort(easiest)]
+    whole, part = divmod(epochs * len(rows), len(kept))
+    return [Stage(kept, whole), *_part(kept, part, len(rows), epochs, share)]
+
+
+def shuffled(plan, seed=0):
+    """Return another plan's selection without its order: as many epochs, each a random draw.
+
+    Parameters
+    ----------
+    plan : list of Stage
+        No row more than once in a stage.
+    seed : int
+
+    Returns
+    -------
+    list of Stage
+        Of one epoch each; every row is in as many of them as it was in epochs of `plan`.
+    """
+    epochs = [stage.rows for stage in plan for _ in range(stage.epochs)]
+    rows, visits = np.unique(np.concatenate(epochs), return_counts=True)
+    chance = runtime.rng("shuffled", seed).random((len(rows), len(epochs)))
+    rank = chance.argsort(axis=1).argsort(axis=1)  # of each epoch, for each row
+    return [Stage(rows[column < visits], 1) for column in rank.T]
 
 
 # --- the two it is compared with ------------------------------------------------------------------
