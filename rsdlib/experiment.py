@@ -811,7 +811,7 @@ def predict_clip_knn(scores, prepared, backbone, images, device="auto"):
     return k
 
 
-CAPTION, TRANSLATED = "the caption alone", "the caption alone, as prompts are worded"
+CAPTION, TRANSLATED = "caption alone", "caption alone, translated"
 
 
 def predict_captions(scores, prepared, encoder, store):

@@ -70,7 +70,7 @@ OTHERS = {
     "04_train_unet": (),
     "05_curriculum": (),
     "06_ensemble_dakl": ("shifted", 4, "alphas", "[0.1, 10.0]", "gammas", "[0.01, 1.0]"),
-    "07_unet_swap": ("count", 2, "steps", 4, "places", "[1, 0.5]"),
+    "07_unet_swap": ("count", 2, "steps", 4, "places", "[1, 0.5]", "blends", "[0.5]"),
     "08_captioning": (),
     "09_paper_figures": (),
     "10_your_pictures": ("turns", 2, "seeds", 1),

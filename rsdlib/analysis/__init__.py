@@ -9,7 +9,6 @@ from rsdlib.analysis.metrics import (
     clipscore,
     cosine,
     each_training,
-    frechet,
     paired_test,
     ref_clipscore,
     retrieval,

@@ -55,40 +55,6 @@ def ref_clipscore(image, caption, references, w=2.5):
     return np.divide(2 * score * nearest, total, out=np.zeros_like(total), where=total > 0)
 
 
-def frechet(a, b):
-    """Fréchet distance of two sets of features (Heusel et al., 2017).
-
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) with means m and covariances C.
-
-    Parameters
-    ----------
-    a, b : array-like (n, d) and (m, d)
-        More rows than features, or the covariances say little.
-
-    Returns
-    -------
-    float
-        0 for sets with the same mean and covariance.
-
-    Raises
-    ------
-    BadValueError
-        Dimensions differ, or a set has fewer than two rows.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    shapes = f"features of shapes {a.shape} and {b.shape} cannot be compared"
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise BadValueError(shapes, "Give at least two rows each.")
-    C_a = np.atleast_2d(np.cov(a, rowvar=False, ddof=1))
-    C_b = np.atleast_2d(np.cov(b, rowvar=False, ddof=1))
-    values, vectors = np.linalg.eigh(C_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # C_a^(1/2)
-    mixed = np.linalg.eigvalsh(root @ C_b @ root)  # the eigenvalues of C_a C_b
-    traces = np.trace(C_a) + np.trace(C_b)
-    shift = np.square(a.mean(axis=0) - b.mean(axis=0)).sum()
-    return float(max(shift + traces - 2 * np.sqrt(np.maximum(mixed, 0)).sum(), 0))
-
-
 # --- how sure -------------------------------------------------------------------------------------
 
 

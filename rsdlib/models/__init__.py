@@ -40,7 +40,5 @@ from rsdlib.models.unet import (
     swap_encoder,
     switch_step,
     text_states,
-    weight_change,
-    with_encoder,
 )
 from rsdlib.weights import MODELS, locate, whereabouts

@@ -412,32 +412,6 @@ def with_encoder(unet, encoder, blend=1.0, parts=("",)):
     return swapped
 
 
-def weight_change(encoder, unet):
-    """Return how far an encoder has moved from a U-Net's own, |W' - W| / |W| (Frobenius).
-
-    Parameters
-    ----------
-    encoder : UNetEncoder
-    unet : diffusers.UNet2DConditionModel
-        At its own precision, to which the encoder's weights are rounded first.
-
-    Returns
-    -------
-    dict of str to float
-        By part of the encoder.
-    """
-    own, new = unet.state_dict(), encoder.unet.state_dict()
-    change = {}
-    for part in encoder_parts(unet):
-        moved = size = 0.0
-        for name in [name for name in new if name.startswith(f"{part}.")]:
-            before, after = own[name].float(), new[name].to(own[name]).float()
-            moved += float((after - before).square().sum())
-            size += float(before.square().sum())
-        change[part] = (moved / size) ** 0.5
-    return change
-
-
 def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
     """Return a pipeline that takes `encoder` in place of its U-Net's own from a denoising step on.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from mini_world.judge import Judge
-from rsdlib import data, files
+from rsdlib import files
 
 
 def scenes(prepared):
@@ -135,21 +135,6 @@ def _shares(captions, asked, called):
         if things:
             shares[i] = np.mean([shows(caption, name, *called.get(name, [])) for name in things])
     return shares
-
-
-def renders(prepared):
-    """Return the table of pictures that no network has drawn: what the generator was to imitate.
-
-    Parameters
-    ----------
-    prepared : rsdlib.experiment.Prepared
-
-    Returns
-    -------
-    DataFrame
-        See `rsdlib.data.load_pairs`.
-    """
-    return data.load_pairs(_world(prepared) / "renders")
 
 
 def open_judge(prepared, device="auto"):
