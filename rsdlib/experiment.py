@@ -811,7 +811,7 @@ def predict_clip_knn(scores, prepared, backbone, images, device="auto"):
     return k
 
 
-CAPTION, TRANSLATED = "caption alone", "caption alone, translated"
+CAPTION, TRANSLATED = analysis.tables.CAPTIONS
 
 
 def predict_captions(scores, prepared, encoder, store):

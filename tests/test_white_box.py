@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import BlipForConditionalGeneration
 
-from rsdlib import config, data, experiment, files, models
+from rsdlib import Predictor, config, data, experiment, files, models
 from rsdlib.errors import BadValueError, ConfigError
 from rsdlib.models import unet
 
@@ -87,11 +87,19 @@ def test_it_reads_latents_and_the_text_of_the_captioners_own_caption(folders, en
         assert (encoder(inputs) - empty).abs().max() > 1e-6
 
 
+def test_one_that_is_not_trained_stores_the_same_features(folders, encoder, inputs):
+    painter, captioner = map(str, folders)
+    how = {"options": {"captioner": captioner}, "fine_tune": "never"}
+    frozen = models.create(config.BackboneConfig("diffusers", painter, **how))
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.front(IMAGES), encoder(inputs))
+
+
 def test_any_token_survives_half_precision():
     tokens = torch.tensor([[0, 1, 2047, 2048, 49_407], [49_405, 30_000, 4097, 12, 5]])
     latents = torch.randn(2, 4 * 9)
     rows = torch.cat([latents, tokens % unet.PAGE, tokens // unet.PAGE], dim=1).half()
-    back, same = unet.unpack(rows, channels=4, length=5)
+    back, same = unet.split_rows(rows, channels=4, length=5)
     assert back.shape == (2, 4, 3, 3)
     assert torch.equal(same, tokens)
 
@@ -300,6 +308,9 @@ def test_a_run_that_keeps_trains_and_is_opened_again(source, folders):
     pred = experiment.predict(folder, prepared, trial.pairs.store, "test")
     np.testing.assert_allclose(np.linalg.norm(pred, axis=1), 1, atol=1e-5)
     assert experiment.load_model(folder)[0].backbone.noised
+    pictures = prepared.pairs["image"].iloc[prepared.rows("test")].tolist()
+    told = Predictor.load(folder, "cpu").predict(pictures, n_prompts=0).embeddings
+    np.testing.assert_allclose(told, pred, atol=5e-3)  # latents are stored in half precision
 
 
 # What of it goes back

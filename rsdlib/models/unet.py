@@ -75,7 +75,7 @@ class UNetEncoder(FrontedEncoder):
         return self.front.texts.words(self._parts(inputs)[1])
 
     def _parts(self, inputs):
-        return unpack(inputs, self.unet.config.in_channels, len(self.context))
+        return split_rows(inputs, self.unet.config.in_channels, len(self.context))
 
     def with_noise(self, latents):
         """Return latents with the sampler's noise, and the timesteps (b,) drawn for them."""
@@ -181,7 +181,7 @@ class CaptionedLatents(nn.Module):
         self.eval()
 
     def forward(self, images):
-        """Map uint8 images (b, 3, s, s) to latents and tokens in one row each, see `unpack`."""
+        """Map uint8 images (b, 3, s, s) to latents and tokens in one row each, see `split_rows`."""
         latents = self.latents(images).flatten(1)
         size = self.captioner.image_size
         if images.shape[-1] != size:
@@ -194,7 +194,7 @@ class CaptionedLatents(nn.Module):
 PAGE = 2048  # float16 counts no further: a token is stored as its page and its place on it
 
 
-def unpack(inputs, channels, length):
+def split_rows(inputs, channels, length):
     """Return latents (b, c, h, w) and tokens (b, t) of rows that `CaptionedLatents` made."""
     flat, places, pages = inputs.split([inputs.shape[1] - 2 * length, length, length], dim=1)
     side = round((flat.shape[1] / channels) ** 0.5)
