@@ -77,9 +77,9 @@ def main():
         files = write_source(folder)
         size = statistics.mean(file.stat().st_size for file in files)
         pairs = data.load_pairs(folder)
-        build = rate(len(pairs), data.ImageStore.build, pairs, SIZE, folder / "store")
-        again = rate(len(pairs), data.ImageStore.build, pairs, SIZE, folder / "store")
-        store = data.ImageStore.build(pairs, SIZE, folder / "store")
+        stored = [data.extract, pairs, [data.pixels(SIZE)], folder / "store"]
+        build, again = rate(len(pairs), *stored), rate(len(pairs), *stored)
+        (store,) = data.extract(pairs, [data.pixels(SIZE)], folder / "store")
 
         def open_each(rows):
             images = [plain(Image.open(files[i]).convert("RGB")) for i in rows]

@@ -341,12 +341,55 @@ def _readable(path):
     return True
 
 
+def extract(
+    profile: AnySize = "paper",
+    source: str | None = None,
+    backbones: tuple[str, ...] = (),
+    processes: int = 0,
+    dask: str = "",
+    rank: int = 0,
+    of: int = 1,
+    local: str = "",
+    device: str = "auto",
+):
+    """Decode all parts once and make all that the backbones read: rsd extract --processes 8.
+
+    Resumes by itself. Notebooks do the same for what they need and do not find.
+
+    Args:
+        profile: whose backbones and data.
+        source: another folder of pairs.
+        backbones: some of the profile's; default: its readers and its captioner.
+        processes: so many side by side, each with a GPU of its own where there are several.
+        dask: address of a Dask scheduler whose workers see the same files, or local:4.
+        rank: which share of the parts, from 0; for array jobs of a cluster.
+        of: how many shares there are.
+        local: copy what was made into this folder, on a fast disk; notebooks read it there
+            with RSD_LOCAL=FOLDER.
+        device: auto, cpu or cuda.
+    """
+    from rsdlib import data, experiment
+
+    if not 0 <= rank < of:
+        raise ConfigError(f"rank = {rank} of {of} is no share", f"Count from 0 to {of - 1}.")
+    chosen = config.profile(profile, source)
+    backbones = backbones or (*chosen.readers, "blip")
+    parts = data.find_parts(chosen.data.source)[rank::of]
+    with data.executor(processes, dask) as pool:
+        made = experiment.extract(chosen, backbones, parts, pool, device)
+    fronts, images, bad = made
+    runtime.log(f"{len(parts)} parts, {images:,} images, {bad:,} bad: ready for {len(fronts)} uses")
+    if local:
+        os.environ["RSD_LOCAL"] = local
+        experiment.prepare(chosen.data).stores(fronts, "skip", device)
+
+
 # --- data and models ------------------------------------------------------------------------------
 
 
 def data(
     what: Literal["fetch", "check"],
-    dataset: Literal["diffusiondb"] = "diffusiondb",
+    dataset: Literal["diffusiondb", "stores"] = "diffusiondb",
     /,
     parts: str = "1",
     large: bool = False,
@@ -357,7 +400,7 @@ def data(
 
     Args:
         what: fetch what is not here yet, or check every byte of what is.
-        dataset: the only one so far.
+        dataset: diffusiondb; or stores, what was made of images, to be checked.
         parts: how many parts of 1,000 images, from the first on, or a range such as 10-14.
         large: DiffusionDB Large (14 million images, WebP) instead of 2M (PNG).
         prompts_only: the table alone.
@@ -365,6 +408,10 @@ def data(
     """
     from rsdlib import data
 
+    if dataset == "stores":
+        right, damaged = data.check_shards(folder)
+        runtime.log(f"right: {right} files; damaged and deleted, to be made again: {damaged}")
+        return
     folder = folder or f"data/diffusiondb{'-large' if large else ''}"
     if what == "fetch":
         chosen = () if prompts_only else data.part_range(parts, large=large)
@@ -416,7 +463,7 @@ def main(arguments=None):
     interrupted, 138 the kernel died.
     """
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
-    commands |= {"data": data, "models": models}
+    commands |= {"extract": extract, "data": data, "models": models}
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)

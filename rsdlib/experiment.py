@@ -5,12 +5,11 @@ earlier one or does it itself. A training is laid open as a `Trial`: `plan` make
 be looked at and changed, and `Trial.run` hands them to `rsdlib.training.fit`.
 """
 
-import contextlib
 import copy
+import functools
 import inspect
 import os
 import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +38,7 @@ SPLITS = ("train", "val", "test")
 
 # --- prepare --------------------------------------------------------------------------------------
 
+UNSTORED = 512  # pixels a side from which images are not stored: 0.8 MB each
 _RULES = "3"  # part of the key of prepared data: change it with what the rules of `data` do
 
 
@@ -90,25 +90,24 @@ class Prepared:
         return pd.DataFrame(table)
 
     def images(self, size, on_bad="error"):
-        """Return the decoded images of all pairs, stored once and checked once a session."""
-        if (size, on_bad) not in self._stores:
-            many = len(self.pairs) > 20_000  # below, starting processes costs more than it saves
-            pool = ProcessPoolExecutor(os.cpu_count()) if many else contextlib.nullcontext()
-            with pool as executor:
-                store = data.ImageStore.build(self.pairs, size, on_bad=on_bad, executor=executor)
-            self._stores[size, on_bad] = store
-        return self._stores[size, on_bad]
+        """Return the images of all pairs, decoded once; large ones whenever they are looked at."""
+        if size >= UNSTORED:
+            return data.Unstored(self.pairs, size)
+        return self.stores([data.pixels(size)], on_bad)[0]
 
     def store(self, encoder, on_bad="error", device="auto"):
         """Return what an encoder reads: images, or what its frozen front makes of them."""
-        images = self.images(encoder.image_size, on_bad)
-        front = getattr(encoder, "front", None)
-        if front is None:
-            return images
-        key = (images.key, data.weights_key(front))
-        if key not in self._stores:
-            self._stores[key] = data.FeatureStore.build(images, front, device=device)
-        return self._stores[key]
+        return self.stores(_fronts(encoder), on_bad, device)[0]
+
+    def stores(self, fronts, on_bad="error", device="auto"):
+        """Return the stores of some fronts, made in one pass, checked once a session."""
+        keys = [(front.key, on_bad) for front in fronts]
+        if not self._stores.keys() >= set(keys):
+            made = data.extract(self.pairs, fronts, on_bad=on_bad, device=device)
+            if os.environ.get("RSD_LOCAL"):  # a folder on a fast disk
+                made = [store.copied(os.environ["RSD_LOCAL"]) for store in made]
+            self._stores.update(zip(keys, made, strict=True))
+        return [self._stores[key] for key in keys]
 
     def scores(self, store, split="test"):
         """Return empty `analysis.Scores` for the rows of a split that a store has."""
@@ -120,6 +119,51 @@ class Prepared:
         if folder:
             return files.resolve_path(folder)
         return files.root() / "runs" / profile.name / f"figures-{self.key[:8]}"
+
+
+def _fronts(encoder, described=None):
+    """Return what an encoder reads, and the pixels it is looked at by, for `data.extract`."""
+    size, front = encoder.image_size, getattr(encoder, "front", None)
+    shown = [data.pixels(size)] if size < UNSTORED else []
+    if front is None:
+        return shown
+    opener = described and functools.partial(models.open_front, as_dict(described))
+    return [data.network(front, size, opener), *shown]
+
+
+def extract(profile, backbones, parts, pool=None, device="auto"):
+    """Decode whole parts once and make all that some backbones read of them.
+
+    Parameters
+    ----------
+    profile : rsdlib.config.Profile
+    backbones : sequence of str
+    parts : sequence of path-like
+        Zips or folders of images, see `rsdlib.data.find_parts`.
+    pool : concurrent.futures.Executor, optional
+        See `rsdlib.data.executor`.
+    device : str
+
+    Returns
+    -------
+    fronts : list of rsdlib.data.Front
+    images, bad : int
+        How many images there are, and how many of them cannot be read.
+    """
+    fronts = {}
+    for name in backbones:
+        described = _settled(profile.backbone(name), device)
+        recipe = Recipe(described, HeadConfig())
+        model = recipe.build(load=False)
+        made = _fronts(model if recipe.captions else model.backbone, described)
+        fronts |= {front.key: front for front in made}
+    fronts = list(fronts.values())
+    folder, nothing = files.cache_dir() / "parts", [()] * len(parts)
+    images = bad = 0
+    for shards in data.run(parts, nothing, fronts, folder, device, pool):
+        images += sum(len(shard.names) for shard in shards)
+        bad += sum(len(shard.bad) for shard in shards)
+    return fronts, images, bad
 
 
 def prepare(config):
@@ -272,7 +316,7 @@ class Trial:
     recipe : Recipe
     folder : Path
         ``runs/<profile>/<name>-<key>``.
-    images : rsdlib.data.ImageStore
+    images : rsdlib.data.Store
         The pictures at the size that the encoder reads.
     """
 
@@ -285,7 +329,7 @@ class Trial:
     config: TrainConfig
     recipe: Recipe
     folder: Path
-    images: data.ImageStore
+    images: data.Store
 
     def run(self):
         """Train, or find the run done; return its folder."""
@@ -580,7 +624,7 @@ def _pairs(prepared, store, model, recipe):
 def _probe(model, pairs, head, device):
     import torch
 
-    features = data.FeatureStore.build(pairs.store, model.backbone, device=device)
+    features = data.features(pairs.store, model.backbone, device=device)
 
     def both(rows):
         targets = np.asarray(pairs.targets[rows])
@@ -682,7 +726,7 @@ def predict(folder, prepared, store, split, device="auto", encoder=None):
     folder : path-like
         A run.
     prepared : Prepared
-    store : rsdlib.data.ImageStore or rsdlib.data.FeatureStore
+    store : rsdlib.data.Store
         What the model reads, see `Prepared.store`.
     split : {"train", "val", "test"}
     device : str
@@ -716,7 +760,7 @@ def captions(model, prepared, store, split, beams=3, device="auto"):
     ----------
     model : rsdlib.models.Captioner
     prepared : Prepared
-    store : rsdlib.data.ImageStore
+    store : rsdlib.data.Store
         At the size that this captioner reads.
     split : {"train", "val", "test"}
     beams : int
@@ -751,7 +795,7 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
     ----------
     scores : rsdlib.analysis.Scores
     prepared : Prepared
-    store : rsdlib.data.ImageStore or rsdlib.data.FeatureStore
+    store : rsdlib.data.Store
     before, after : rsdlib.models.PromptRegressor
         With starting and with trained weights: their backbones give the features for the k-NN.
         `after` may be a list, of several trainings.
@@ -774,7 +818,7 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
     for name, those in ((KNN_BEFORE, [before]), (KNN_AFTER, analysis.each_training(after))):
         found = []
         for model in those:
-            features = data.FeatureStore.build(store, model.backbone, device=device)
+            features = data.features(store, model.backbone, device=device)
             base, own, queries = map(features.batch, (train, val, scores.rows))
             found.append(_regress(queries, own, base, *answers))
         chosen[name], scores.predictions[name] = map(list, zip(*found, strict=True))
@@ -792,7 +836,7 @@ def predict_clip_knn(scores, prepared, backbone, images, device="auto"):
     prepared : Prepared
     backbone : rsdlib.config.BackboneConfig
         Of the library open_clip.
-    images : rsdlib.data.ImageStore
+    images : rsdlib.data.Store
         At the size that this CLIP reads.
     device : str
 
@@ -825,7 +869,7 @@ def predict_captions(scores, prepared, encoder, store):
     prepared : Prepared
     encoder : rsdlib.models.UNetEncoder
         One that reads captions.
-    store : rsdlib.data.FeatureStore
+    store : rsdlib.data.Store
         What it reads.
     """
     import torch
@@ -862,7 +906,7 @@ def compare(runs, prepared, store, split="test", device="auto", encoder=None):
         Method to run folder, or to those of several trainings; the first is the vanilla run, whose
         features the k-NN baselines use and with which the others are compared.
     prepared : Prepared
-    store : rsdlib.data.ImageStore or rsdlib.data.FeatureStore
+    store : rsdlib.data.Store
         What the backbone reads, see `Prepared.store`.
     split : {"val", "test"}
     device : str
@@ -903,7 +947,7 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
     runs, scores, table
         What `compare` took and returned.
     prepared : Prepared
-    images : rsdlib.data.ImageStore
+    images : rsdlib.data.Store
     folder : path-like
         Where the files go.
     paper : dict of str to float, optional

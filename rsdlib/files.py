@@ -187,9 +187,19 @@ _TRAILER = hashlib.sha256().digest_size  # bytes of the checksum behind the arra
 def save_rows(path, rows):
     """Write one large array as ``.npy``, its SHA-256 behind it, whole or not at all."""
     rows = np.asarray(rows, order="C")
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.save(stream, rows, allow_pickle=False)
-        stream.write(bytes.fromhex(checksum({"rows": rows})))
+    save_row_batches(path, rows.shape, rows.dtype, [rows])
+
+
+def save_row_batches(path, shape, dtype, batches):
+    """Write what `save_rows` would write of the batches' rows, with one batch in memory at once."""
+    with atomic_path(path) as temporary:
+        rows, start = np.lib.format.open_memmap(temporary, "w+", dtype, shape), 0
+        for batch in batches:
+            rows[start : start + len(batch)] = batch
+            start += len(batch)
+        rows.flush()
+        with temporary.open("ab") as stream:
+            stream.write(bytes.fromhex(checksum({"rows": rows})))
 
 
 def open_rows(path, *, verify=True):

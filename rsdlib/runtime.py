@@ -1,6 +1,7 @@
 """What things run on: devices, precision, seeds; and how they speak to whoever waits."""
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -8,10 +9,12 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 from rsdlib.errors import ConfigError, DeviceError, MissingPackageError
@@ -38,6 +41,42 @@ def device(name="auto"):
         fix = "Use device='auto' or 'cpu'."
         raise DeviceError(f"device {name!r} was asked for, but there is none here", fix)
     return chosen
+
+
+@functools.cache
+def own_device(name):
+    """Return a device for this process alone: of several GPUs, one that no other process holds."""
+    import torch
+
+    on = device(name)
+    if name != "auto" or on.type != "cuda":
+        return on
+    count = torch.cuda.device_count()
+    for number in range(count):
+        identity = torch.cuda.get_device_properties(number).uuid
+        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"rsd-gpu-{identity}.lock")
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=0)
+            _HELD.append(lock)  # until this process ends
+            return torch.device("cuda", number)
+    return torch.device("cuda", os.getpid() % count)
+
+
+_HELD = []
+
+
+def threads():
+    """Return how many threads this process may keep busy: its share of the cores."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def share(processes):
+    """Leave this process its share of the cores, as one of so many."""
+    import torch
+
+    torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
 
 
 def precision(name, on):

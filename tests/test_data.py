@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import errno
+import importlib
 import json
 import multiprocessing
 import os
@@ -20,7 +21,6 @@ from PIL import Image, ImageFile
 
 from rsdlib import data, files
 from rsdlib.data import pairs as readers
-from rsdlib.data import stores
 from rsdlib.errors import (
     BadArchiveError,
     BadImageError,
@@ -31,6 +31,7 @@ from rsdlib.errors import (
 )
 
 TESTS = Path(__file__).parent
+extraction = importlib.import_module("rsdlib.data.extract")
 rng = np.random.default_rng(0)
 
 
@@ -502,14 +503,18 @@ SIZE = 24
 @pytest.fixture
 def decodes(monkeypatch):
     """Return a list that grows with every image decoded."""
-    names, decode = [], stores.decode_image
+    names, decode = [], extraction.decode_image
 
     def count(content, name, part):
         names.append(name)
         return decode(content, name, part)
 
-    monkeypatch.setattr(stores, "decode_image", count)
+    monkeypatch.setattr(extraction, "decode_image", count)
     return names
+
+
+def stored(pairs, size, folder=None, **how):
+    return data.extract(pairs, [data.pixels(size)], folder, **how)[0]
 
 
 def fresh(pairs):
@@ -520,7 +525,7 @@ def fresh(pairs):
 def test_store_equals_a_fresh_decode(source, format):
     broken.diffusiondb(source, parts=3, format=format)
     pairs = data.load_pairs(source)
-    store, expected = data.ImageStore.build(pairs, SIZE), fresh(pairs)
+    store, expected = stored(pairs, SIZE), fresh(pairs)
     assert len(store) == len(pairs) == 15
     assert store.ok.all()
     assert store.bad.empty
@@ -544,15 +549,15 @@ def test_store_equals_a_fresh_decode(source, format):
 def test_warm_store_decodes_nothing(source, decodes):
     broken.diffusiondb(source)
     pairs = data.load_pairs(source)
-    data.ImageStore.build(pairs, SIZE)
+    stored(pairs, SIZE)
     assert sorted(decodes) == sorted(pairs["id"])
     decodes.clear()
     shuffled = pairs.sample(frac=1, random_state=0)
-    store = data.ImageStore.build(shuffled, SIZE)
+    store = stored(shuffled, SIZE)
     assert decodes == []
     assert (store.batch(range(10)) == fresh(shuffled)).all()
     decodes.clear()
-    data.ImageStore.build(pairs, SIZE + 1)
+    stored(pairs, SIZE + 1)
     assert len(decodes) == 10
 
 
@@ -560,11 +565,11 @@ def test_warm_store_decodes_nothing(source, decodes):
 def test_content_counts_and_dates_do_not(source, extracted, decodes):
     frame = broken.diffusiondb(source, extracted=extracted)
     pairs = data.load_pairs(source)
-    data.ImageStore.build(pairs, SIZE)
+    stored(pairs, SIZE)
     for path in source.rglob("*"):
         os.utime(path, (1, 1))
     decodes.clear()
-    data.ImageStore.build(pairs, SIZE)
+    stored(pairs, SIZE)
     assert decodes == []
 
     name, image = frame["image_name"].iloc[0], broken.photo(41, 48, 1000)
@@ -573,17 +578,17 @@ def test_content_counts_and_dates_do_not(source, extracted, decodes):
         (source / "images" / "part-000001" / name).write_bytes(broken.encode(image))
     else:
         broken.write_part(source, 1, {**broken.read_part(source, 1), name: broken.encode(image)})
-    store = data.ImageStore.build(pairs, SIZE)
+    store = stored(pairs, SIZE)
     assert len(decodes) == 5  # this part alone
     assert (store.batch(range(10)) == fresh(pairs)).all()
 
 
 def test_moved_data_hits(source, tmp_path, decodes):
     broken.diffusiondb(source)
-    data.ImageStore.build(data.load_pairs(source), SIZE)
+    stored(data.load_pairs(source), SIZE)
     source.rename(tmp_path / "moved")
     decodes.clear()
-    data.ImageStore.build(data.load_pairs(tmp_path / "moved"), SIZE)
+    stored(data.load_pairs(tmp_path / "moved"), SIZE)
     assert decodes == []
 
 
@@ -592,25 +597,33 @@ def shard_of(folder):
     return next(folder.glob("*.npy")), next(folder.glob("*.json"))
 
 
-def test_damaged_shards_are_noticed_and_made_again(source, tmp_path, capsys):
+def test_cut_shards_are_noticed_and_made_again(source, tmp_path, capsys):
     broken.diffusiondb(source, parts=1)
     pairs = data.load_pairs(source)
-    expected = data.ImageStore.build(pairs, SIZE).batch(range(5))
-    shard, _ = shard_of(tmp_path / "data" / "cache" / "images")
+    expected = stored(pairs, SIZE).batch(range(5))
+    shard, _ = shard_of(tmp_path / "data" / "cache" / "parts")
     sound = shard.read_bytes()
-    flips = [
-        broken.flip(sound, int(i), 1 << rng.integers(8)) for i in rng.integers(0, len(sound), 40)
-    ]
-    for content in (*flips, sound[: len(sound) // 2], sound[:-1], sound[:4], b""):
+    for content in (sound[: len(sound) // 2], sound[:-1], sound + b"x", sound[:4], b""):
         shard.write_bytes(content)
         capsys.readouterr()
-        assert (data.ImageStore.build(pairs, SIZE).batch(range(5)) == expected).all()
-        if shard.read_bytes() != content:  # a flip of a space in the header means nothing
-            assert shard.name in capsys.readouterr().out
-            assert shard.read_bytes() == sound
-    for i in (*rng.integers(128, len(sound), 20), len(sound) - 1):  # none of the data does
+        assert (stored(pairs, SIZE).batch(range(5)) == expected).all()
+        assert shard.name in capsys.readouterr().out
+        assert shard.read_bytes() == sound
+
+
+def test_every_flipped_bit_is_found_on_demand_and_its_shard_made_again(source, tmp_path):
+    broken.diffusiondb(source, parts=2)
+    pairs = data.load_pairs(source)
+    stored(pairs, SIZE)
+    folder = tmp_path / "data" / "cache" / "parts"
+    shard, _ = shard_of(folder)
+    sound = shard.read_bytes()
+    assert data.check_shards() == (2, [])
+    for i in (*rng.integers(128, len(sound), 20), len(sound) - 1):
         shard.write_bytes(broken.flip(sound, int(i), 1 << rng.integers(8)))
-        data.ImageStore.build(pairs, SIZE)
+        assert data.check_shards() == (1, [f"data/cache/parts/{shard.name}"])
+        assert not shard.exists()
+        stored(pairs, SIZE)
         assert shard.read_bytes() == sound
 
 
@@ -619,24 +632,29 @@ def test_reasons_are_written_first_and_made_again_with_their_images(source, tmp_
     members = broken.read_part(source, 1)
     pairs = data.load_pairs(source)
     broken.write_part(source, 1, {**members, pairs["id"].iloc[2]: b"not an image"})
-    store = data.ImageStore.build(pairs, SIZE, on_bad="skip")
-    shard, notes = shard_of(tmp_path / "data" / "cache" / "images")
-    reasons = json.loads(notes.read_text())
-    assert [reason is None for reason in reasons] == store.ok.tolist()
-    assert store.bad["reason"].tolist() == [reason for reason in reasons if reason]
+    store = stored(pairs, SIZE, on_bad="skip")
+    folder = tmp_path / "data" / "cache" / "parts"
+    shard, notes = shard_of(folder)
+    reasons = json.loads(notes.read_text())["bad"]
+    assert reasons == dict(zip(store.bad["id"], store.bad["reason"], strict=True))
+    assert [*reasons] == [pairs["id"].iloc[2]]
     assert notes.stat().st_mtime_ns <= shard.stat().st_mtime_ns
     sound = notes.read_bytes()
+
+    def again():
+        for path in folder.glob("index-*"):  # what was found is found anew
+            path.unlink()
+        return stored(pairs, SIZE, on_bad="skip").ok.tolist()
+
     for content in (None, b"", sound[:-9], b"[null]", b"{}"):
         notes.unlink() if content is None else notes.write_bytes(content)
         decodes.clear()
-        again = data.ImageStore.build(pairs, SIZE, on_bad="skip")
+        assert again() == store.ok.tolist()
         assert len(decodes) == 5
-        assert again.ok.tolist() == store.ok.tolist()
         assert notes.read_bytes() == sound
-    for i in range(len(sound)):  # whatever bit flips: never another row left out
+    for i in range(0, len(sound), 3):  # whatever bit flips: never another row left out
         notes.write_bytes(broken.flip(sound, i, 1 << rng.integers(8)))
-        again = data.ImageStore.build(pairs, SIZE, on_bad="skip")
-        assert again.ok.tolist() == store.ok.tolist()
+        assert again() == store.ok.tolist()
 
 
 def test_process_pool_makes_the_same_bytes(source, tmp_path):
@@ -645,15 +663,14 @@ def test_process_pool_makes_the_same_bytes(source, tmp_path):
     name = data.load_pairs(source).query("part_id == 2")["id"].iloc[0]
     broken.write_part(source, 2, {**broken.read_part(source, 2), name: b"not an image"})
     pairs = data.load_pairs(source)
-    serial = data.ImageStore.build(pairs, SIZE, tmp_path / "serial", on_bad="skip")
+    serial = stored(pairs, SIZE, tmp_path / "serial", on_bad="skip")
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        parallel = data.ImageStore.build(
-            pairs, SIZE, tmp_path / "parallel", on_bad="skip", executor=pool
-        )
+        parallel = stored(pairs, SIZE, tmp_path / "parallel", on_bad="skip", pool=pool)
         with pytest.raises(BadImageError, match=name):
-            data.ImageStore.build(pairs, SIZE, tmp_path / "parallel", executor=pool)
+            stored(pairs, SIZE, tmp_path / "parallel", pool=pool)
     folders = [tmp_path / name for name in ("serial", "parallel")]
-    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    shards = [[p for p in folder.iterdir() if "index" not in p.name] for folder in folders]
+    contents = [{path.name: path.read_bytes() for path in some} for some in shards]
     assert len(contents[0]) == 2 * 4
     assert contents[0] == contents[1]
     same(serial.bad, parallel.bad)
@@ -673,8 +690,8 @@ def test_skipped_images_are_listed_and_never_replaced(source, capsys):
         cut = {name: broken.BROKEN_IMAGES["PNG cut at 0.5"]()}
         broken.write_part(source, part, {**broken.read_part(source, part), **cut})
     with pytest.raises(BadImageError, match=chosen[1]):
-        data.ImageStore.build(pairs, SIZE)
-    store = data.ImageStore.build(pairs, SIZE, on_bad="skip")
+        stored(pairs, SIZE)
+    store = stored(pairs, SIZE, on_bad="skip")
     assert "2 of 40 images are bad" in capsys.readouterr().out
     assert store.ok.sum() + len(store.bad) == len(store) == 40
     assert {*store.bad["id"]} == {*chosen.values()} == {*pairs["id"][~store.ok]}
@@ -688,24 +705,24 @@ def test_skipped_images_are_listed_and_never_replaced(source, capsys):
     with pytest.raises(BadValueError, match="has no image"):
         store.batch(np.arange(40))
     with pytest.raises(ConfigError):
-        data.ImageStore.build(pairs, SIZE, on_bad="ignore")
+        stored(pairs, SIZE, on_bad="ignore")
     members = broken.read_part(source, 1)
     emptied = dict.fromkeys(members, b"") | {"part-000001.json": members["part-000001.json"]}
     broken.write_part(source, 1, emptied)
     with pytest.raises(BadTableError, match="21 of 40 images are bad"):
-        data.ImageStore.build(pairs, SIZE, on_bad="skip")
-    assert data.ImageStore.build(pairs, SIZE, on_bad="skip", max_bad=0.6).ok.sum() == 19
+        stored(pairs, SIZE, on_bad="skip")
+    assert stored(pairs, SIZE, on_bad="skip", max_bad=0.6).ok.sum() == 19
 
 
 def test_a_file_that_vanished_is_listed_and_found_again(source):
     _plain(source, ("id", "prompt"), "csv")
     pairs = data.load_pairs(source)
     (source / "003.png").unlink()
-    store = data.ImageStore.build(pairs, SIZE, on_bad="skip")
+    store = stored(pairs, SIZE, on_bad="skip")
     assert [*store.bad["id"]] == ["003.png"]
     assert "no such file" in store.bad["reason"].iloc[0]
     broken.photo(seed=3).save(source / "003.png")
-    assert data.ImageStore.build(pairs, SIZE).ok.all()
+    assert stored(pairs, SIZE).ok.all()
 
 
 def test_a_stopped_build_goes_on_where_it_stopped(source, tmp_path, monkeypatch, decodes):
@@ -720,26 +737,27 @@ def test_a_stopped_build_goes_on_where_it_stopped(source, tmp_path, monkeypatch,
 
     monkeypatch.setattr(files, "save_rows", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
-        data.ImageStore.build(pairs, SIZE)
-    assert len(list((tmp_path / "data" / "cache" / "images").glob("*.npy"))) == 2
+        stored(pairs, SIZE)
+    assert len(list((tmp_path / "data" / "cache" / "parts").glob("*.npy"))) == 2
     decodes.clear()
-    store = data.ImageStore.build(pairs, SIZE)
+    store = stored(pairs, SIZE)
     assert len(decodes) == 3 * 5
     assert (store.batch(range(25)) == fresh(pairs)).all()
 
 
 def test_many_loose_files_are_split_and_a_new_one_changes_one_shard(source, monkeypatch, decodes):
-    monkeypatch.setattr(stores, "_SHARD", 4)
+    monkeypatch.setattr(extraction, "_SHARD", 4)
     rows = []
     for i in range(31):
         broken.photo(8, 8, i).save(source / f"{i:03d}.png")
         rows.append(f'{{"id": "{i:03d}", "prompt": "x"}}\n')
-    (source / "metadata.jsonl").write_text("".join(rows[:-1]))
-    data.ImageStore.build(data.load_pairs(source), SIZE)
     (source / "metadata.jsonl").write_text("".join(rows))
     pairs = data.load_pairs(source)
+    (source / "030.png").rename(source / "later")
+    stored(pairs.iloc[:-1], SIZE)
+    (source / "later").rename(source / "030.png")
     decodes.clear()
-    store = data.ImageStore.build(pairs, SIZE)
+    store = stored(pairs, SIZE)
     assert 0 < len(decodes) < 16
     assert (store.batch(range(31)) == fresh(pairs)).all()
 
@@ -747,9 +765,9 @@ def test_many_loose_files_are_split_and_a_new_one_changes_one_shard(source, monk
 def test_empty_and_repeated_rows(source):
     broken.diffusiondb(source)
     pairs = data.load_pairs(source)
-    assert len(data.ImageStore.build(pairs.iloc[:0], SIZE)) == 0
+    assert len(stored(pairs.iloc[:0], SIZE)) == 0
     twice = pd.concat([pairs, pairs])
-    assert (data.ImageStore.build(twice, SIZE).batch(range(20)) == fresh(twice)).all()
+    assert (stored(twice, SIZE).batch(range(20)) == fresh(twice)).all()
 
 
 def test_zip_is_preferred_to_its_folder(source):
@@ -777,8 +795,8 @@ def test_another_order_of_rows_never_gets_the_features_of_the_first(source):
     front, reverse = Front(), pairs.iloc[::-1].reset_index(drop=True)
     features = {}
     for name, frame in (("first", pairs), ("reversed", reverse), ("again", pairs)):
-        images = data.ImageStore.build(frame, SIZE)
-        store = data.FeatureStore.build(images, front, device="cpu")
+        images = stored(frame, SIZE)
+        store = data.features(images, front, device="cpu")
         with torch.no_grad():
             expected = front(torch.from_numpy(fresh(frame))).numpy()
         np.testing.assert_allclose(store.batch(range(15)), expected, rtol=1e-3)
@@ -800,20 +818,20 @@ CHANGES = {
 def test_which_rows_a_store_holds_is_in_its_key(source, change):
     broken.diffusiondb(source, parts=2)
     pairs = data.load_pairs(source).sort_values(["part_id", "id"], ignore_index=True)
-    store = data.ImageStore.build(pairs, SIZE)
-    assert data.ImageStore.build(CHANGES[change](pairs), SIZE).key != store.key
-    assert data.ImageStore.build(pairs, SIZE).key == store.key
-    assert data.ImageStore.build(pairs, SIZE + 1).key != store.key
+    store = stored(pairs, SIZE)
+    assert stored(CHANGES[change](pairs), SIZE).key != store.key
+    assert stored(pairs, SIZE).key == store.key
+    assert stored(pairs, SIZE + 1).key != store.key
 
 
 def test_features_of_no_rows_and_of_the_empty_batch(source, tmp_path):
     broken.diffusiondb(source)
     pairs = data.load_pairs(source)
-    store = data.FeatureStore.build(data.ImageStore.build(pairs, SIZE), Front(), device="cpu")
+    store = data.features(stored(pairs, SIZE), Front(), device="cpu")
     assert store.batch([]).shape == (0, 2)
     assert store.batch([3]).dtype == np.float32
-    empty = data.ImageStore.build(pairs.iloc[:0], SIZE)
-    assert len(data.FeatureStore.build(empty, Front(), device="cpu")) == 0
+    empty = stored(pairs.iloc[:0], SIZE)
+    assert len(data.features(empty, Front(), device="cpu")) == 0
 
 
 def test_pictures_are_a_store():
@@ -825,7 +843,7 @@ def test_pictures_are_a_store():
     assert store.key != data.Pictures(images[::-1], 16).key
     with pytest.raises(BadValueError):
         store.batch([0.5])
-    features = data.FeatureStore.build(store, Front(), device="cpu")
+    features = data.features(store, Front(), device="cpu")
     assert features.batch([2, 0]).shape == (2, 2)
 
 
@@ -844,8 +862,8 @@ pairs = data.load_pairs(sys.argv[1])
 expected = np.stack([data.resize(data.open_image(locator), 8) for locator in pairs["image"]])
 stores._SHARD = 1  # of features: a shard a row
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
-images = data.ImageStore.build(pairs, 8)
-features = data.FeatureStore.build(images, Mean(), device="cpu")
+(images,) = data.extract(pairs, [data.pixels(8)])
+features = data.features(images, Mean(), device="cpu")
 rows = np.random.default_rng(0).permutation(len(pairs))
 assert (images.batch(rows) == expected[rows]).all()
 means = expected[rows].mean((1, 2, 3))
@@ -868,13 +886,13 @@ from rsdlib import data
 from rsdlib.errors import RsdError
 
 pairs, size = data.load_pairs(sys.argv[1]), int(sys.argv[3])
-store = data.ImageStore.build(pairs, size, on_bad="skip")
+(store,) = data.extract(pairs, [data.pixels(size)], on_bad="skip")
 tries = {
     "table": lambda: data.load_pairs(sys.argv[1]),
     "image": lambda: data.open_image(pairs["image"].iloc[0]),
     "loose": lambda: data.open_image(sys.argv[2]),
     "batch": lambda: store.batch([0]),
-    "build": lambda: data.ImageStore.build(pairs, size, on_bad="skip"),
+    "build": lambda: data.extract(pairs, [data.pixels(size)], on_bad="skip"),
 }
 for name, attempt in tries.items():
     data.stores._mapped.cache_clear()
@@ -900,8 +918,8 @@ def test_too_many_open_files_are_no_damage(source, tmp_path):
     """Fault 10: EMFILE was taken for damage, and whole shards were made again."""
     broken.diffusiondb(source)
     broken.photo().save(source / "loose.png")
-    data.ImageStore.build(data.load_pairs(source), SIZE, on_bad="skip")
-    folder = tmp_path / "data" / "cache" / "images"
+    stored(data.load_pairs(source), SIZE, on_bad="skip")
+    folder = tmp_path / "data" / "cache" / "parts"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     lines = run(NO_FILES, source, source / "loose.png", SIZE)
     told = dict(line.split(" ", 1) for line in lines)

@@ -9,7 +9,7 @@ import torch
 from conftest import REPOSITORY
 
 from rsdlib import config, weights
-from rsdlib.data import FeatureStore, stores, weights_key
+from rsdlib.data import features, stores, weights_key
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError, ModelNotFoundError
 from rsdlib.models import (
     DROPPED,
@@ -47,7 +47,7 @@ def opened(library, folder, load=True, seed=None, **settings):
 
 
 class Images:
-    """As much of an image store as a `FeatureStore` asks for."""
+    """As much of an image store as a `features` asks for."""
 
     def __init__(self, images, bad=(), key="a"):
         self.images, self.key = images, key
@@ -189,7 +189,7 @@ def test_frozen_clip_is_read_once_and_only_the_perceptron_learns(clip):
     encoder = opened("open_clip", clip, options=MLP)
     assert (encoder.features, encoder.image_size) == (48, 32)
     images = Images(IMAGES.numpy())
-    built = [FeatureStore.build(images, encoder.front, device="cpu") for _ in range(2)]
+    built = [features(images, encoder.front, device="cpu") for _ in range(2)]
     assert images.read == 3
     with torch.no_grad():
         whole = opened("open_clip", clip).eval()(IMAGES).numpy()
@@ -265,20 +265,20 @@ def test_a_reloaded_timm_model_needs_no_weights(tmp_path, monkeypatch, named):
 
 def test_stored_features_belong_to_their_images_and_weights(clip):
     front = opened("open_clip", clip, options=MLP).front
-    store = FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
-    other = FeatureStore.build(Images(IMAGES.numpy(), key="b"), front, device="cpu")
+    store = features(Images(IMAGES.numpy()), front, device="cpu")
+    other = features(Images(IMAGES.numpy(), key="b"), front, device="cpu")
     assert other.key != store.key
     with torch.no_grad():
         front.body.proj *= 2
-    changed = FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
+    changed = features(Images(IMAGES.numpy()), front, device="cpu")
     assert changed.key != store.key
     assert (changed.batch([0]) != store.batch([0])).any()
 
 
 def test_rows_without_an_image_have_no_features(clip):
     front = opened("open_clip", clip, options=MLP).front
-    whole = FeatureStore.build(Images(IMAGES.numpy()), front, device="cpu")
-    store = FeatureStore.build(Images(IMAGES.numpy(), bad=[1], key="b"), front, device="cpu")
+    whole = features(Images(IMAGES.numpy()), front, device="cpu")
+    store = features(Images(IMAGES.numpy(), bad=[1], key="b"), front, device="cpu")
     np.testing.assert_array_equal(store.ok, [True, False, True])
     np.testing.assert_allclose(store.batch([0, 2]), whole.batch([0, 2]), atol=1e-3)
     with pytest.raises(BadValueError, match="row 1 has no image"):
@@ -289,7 +289,7 @@ def test_stopped_computation_goes_on_at_the_first_shard_it_lacks(clip, monkeypat
     monkeypatch.setattr(stores, "_SHARD", 2)
     front = opened("open_clip", clip, options=MLP).front
     images = Images(torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8).numpy())
-    whole = FeatureStore.build(images, front, tmp_path / "whole", device="cpu")
+    whole = features(images, front, tmp_path / "whole", device="cpu")
     calls, own = [], front.forward
 
     def breaks(batch):
@@ -300,10 +300,10 @@ def test_stopped_computation_goes_on_at_the_first_shard_it_lacks(clip, monkeypat
 
     monkeypatch.setattr(front, "forward", breaks)
     with pytest.raises(KeyboardInterrupt):
-        FeatureStore.build(images, front, tmp_path / "part", device="cpu")
+        features(images, front, tmp_path / "part", device="cpu")
     monkeypatch.setattr(front, "forward", own)
     images.read = 0
-    store = FeatureStore.build(images, front, tmp_path / "part", device="cpu")
+    store = features(images, front, tmp_path / "part", device="cpu")
     assert images.read == 3  # two of four shards were there
     np.testing.assert_array_equal(store.batch(np.arange(7)), whole.batch(np.arange(7)))
 
@@ -318,7 +318,7 @@ def test_features_that_float16_cannot_hold_are_refused(tmp_path):
             return front(images.float())
 
     with pytest.raises(BadValueError, match="not finite in float16"):
-        FeatureStore.build(Images(IMAGES.numpy()), Front(), tmp_path, device="cpu")
+        features(Images(IMAGES.numpy()), Front(), tmp_path, device="cpu")
 
 
 # The U-Net's encoder half

@@ -1,13 +1,11 @@
 """Stores: whatever has ``batch(rows)``, ``ok`` (which rows it has) and ``key`` (what it holds).
 
-Images are decoded once, a frozen network's features are computed once; both lie in shards that are
-mapped when they are read.
+What takes long is computed once and lies in shards, which are mapped when they are read.
 """
 
 import contextlib
 import functools
-import json
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +13,15 @@ import pandas as pd
 from PIL import Image
 
 from rsdlib import files, runtime
-from rsdlib.data.images import decode_image, resize, split_locator
-from rsdlib.data.pairs import open_part
-from rsdlib.errors import BadImageError, BadTableError, BadValueError, ConfigError, DeviceError
+from rsdlib.data.images import open_image, resize
+from rsdlib.errors import BadValueError, DeviceError
 
-_SHARD = 1000  # rows a shard, about
-_RULE = "1: RGB on white, upright, centre square, bicubic"  # part of every image shard's key
+_SHARD = 1000  # rows a shard
 
 
 @functools.lru_cache(64)  # each map holds its file open, and a process may open a few hundred
 def _mapped(path):
-    return np.asarray(files.open_rows(path, verify=False))  # `build` has verified it
+    return np.asarray(files.open_rows(path, verify=False))
 
 
 def _checked_rows(store, rows):
@@ -40,13 +36,34 @@ def _checked_rows(store, rows):
     return rows
 
 
-class _Sharded:
-    """Rows in files on disk: row i of the store is row ``row[i]`` of file ``shard[i]``."""
+class Store:
+    """Rows in files on disk: row i of the store is row ``row[i]`` of file ``shard[i]``.
 
-    def __init__(self, paths, shard, row, ok, like, key):
-        self._paths, self._like = paths, like  # like (0, ...): shape and type of a batch
-        self._shard, self._row = shard, row
-        self.ok, self.key = ok, key
+    See `rsdlib.data.extract` and `features`, which make them.
+
+    Parameters
+    ----------
+    paths : sequence of path-like
+        As `files.save_rows` writes them; mapped when they are read, few at a time.
+    shard, row : ndarray of int (n,)
+        A negative row: there is none.
+    key : str
+        Changes with any byte of any input, with which rows are missing and with their order.
+
+    Attributes
+    ----------
+    ok : ndarray of shape (n,), bool
+        Which rows there are.
+    bad : pandas.DataFrame
+        The images that cannot be read: ``id``, ``part``, ``reason``.
+    """
+
+    bad = pd.DataFrame(columns=["id", "part", "reason"])
+
+    def __init__(self, paths, shard, row, key):
+        _mapped.cache_clear()  # a file that was damaged may have been mapped before it was replaced
+        self._paths, self._shard, self._row = [str(path) for path in paths], shard, row
+        self.ok, self.key = row >= 0, key
 
     def batch(self, rows):
         """Gather rows.
@@ -67,148 +84,63 @@ class _Sharded:
             The store lacks a row, or something is no row number.
         """
         rows = _checked_rows(self, rows)
-        batch = np.empty((len(rows), *self._like.shape[1:]), self._like.dtype)
         shard, row = self._shard[rows], self._row[rows]
-        for position in np.argsort(shard, kind="stable").tolist():  # each file is mapped once
-            batch[position] = _mapped(self._paths[shard[position]])[row[position]]
+        batch = np.empty((len(rows), *self._like.shape[1:]), self._like.dtype)
+        for number in np.unique(shard):  # each file is mapped once
+            here = shard == number
+            batch[here] = _mapped(self._paths[number])[row[here]]
         return batch
+
+    @functools.cached_property
+    def _like(self):
+        """An array (0, ...) of a batch's shape and type; float16 is read as float32."""
+        if not self.ok.any():
+            return np.empty(0, np.float32)
+        like = _mapped(self._paths[self._shard[self.ok.argmax()]])[:0]
+        return like.astype(np.float32) if like.dtype == np.float16 else like
 
     def __len__(self):
         return len(self.ok)
 
+    def copied(self, folder):
+        """Return the store as one file in `folder`, perhaps on a faster disk; made once.
 
-class ImageStore(_Sharded):
-    """Images decoded once to uint8 and memory-mapped, one file per part of the data.
-
-    A shard's name is a hash of its images' names and CRC-32s, the size and the rule of decoding: a
-    changed image makes a new shard, a changed date does not. Loose files are read once per build to
-    know their CRC-32, zips state it. Stores are made by `build`.
-
-    Attributes
-    ----------
-    ok : ndarray of shape (n,), bool
-        Which rows have an image.
-    bad : pandas.DataFrame
-        The other rows: ``id``, ``part``, ``reason``.
-    key : str
-        Changes with any byte of any image, with which are bad and with their order.
-    """
-
-    @classmethod
-    def build(cls, pairs, size, folder=None, on_bad="error", executor=None, max_bad=0.01):
-        """Decode what is not yet stored; check every stored shard, make damaged ones again.
-
-        A build that is stopped goes on at the first shard it lacks.
-
-        Parameters
-        ----------
-        pairs : pandas.DataFrame
-            From `load_pairs`; the columns ``id`` and ``image`` are used.
-        size : int
-            Pixels a side.
-        folder : path-like, optional
-            Where shards lie; ``data/cache/images`` by default. Can be deleted at any time.
-        on_bad : {"error", "skip"}
-            What to do with an image that cannot be decoded: stop, or list it in `bad`. Nothing ever
-            takes its place.
-        executor : concurrent.futures.Executor, optional
-            Runs one shard a task, in any process that sees the same files; the bytes do not depend
-            on it.
-        max_bad : float
-            With ``on_bad="skip"``, the share of bad images above which the data itself is refused;
-            five bad images always pass.
-
-        Returns
-        -------
-        ImageStore
-
-        Raises
-        ------
-        BadImageError
-            With ``on_bad="error"``: an image cannot be decoded.
-        BadTableError
-            Too many images are bad.
+        A batch is one gather from it.
         """
-        if on_bad not in ("error", "skip"):
-            raise ConfigError(f"on_bad = {on_bad!r} is unknown", "Use 'error' or 'skip'.")
-        groups, ids = _group(pairs["image"]), pairs["id"].tolist()
-        folder = Path(folder or files.cache_dir() / "images")
-        make = functools.partial(_make_shard, size=size, folder=folder)
-        made = (make(group) for group in groups) if executor is None else executor.map(make, groups)
-        paths, bad = [], []
-        shard, row = np.zeros(len(ids), np.int32), np.full(len(ids), -1, np.int32)
-        with contextlib.closing(made):  # on an error, tasks that wait are cancelled
-            progress = runtime.track(made, "decoding images, shards", len(groups))
-            for group, (path, reasons) in zip(groups, progress, strict=True):
-                for place, (i, reason) in enumerate(zip(group.index, reasons, strict=True)):
-                    shard[i], row[i] = len(paths), -1 if reason else place
-                    if reason:
-                        bad.append((ids[i], files.relative(group["part"].iloc[0]), reason))
-                if bad and on_bad == "error":
-                    raise BadImageError(*bad[0])
-                paths.append(path)
-        _mapped.cache_clear()  # a damaged shard may have been mapped before
-        if bad:
-            _report_bad(bad, len(ids), max_bad)
-        names = [Path(path).name for path in paths]
-        key = files.digest([names, files.checksum({"shard": shard, "row": row})])
-        store = cls(paths, shard, row, row >= 0, np.empty((0, 3, size, size), np.uint8), key)
-        store.bad = pd.DataFrame(bad, columns=["id", "part", "reason"])
-        return store
+        path, rows = Path(folder) / f"{self.key}.npy", np.flatnonzero(self.ok)
+        if not path.exists():
+            batches = np.split(rows, range(_SHARD, len(rows), _SHARD))
+            like = _mapped(self._paths[self._shard[rows[0]]])[:0]
+            tracked = runtime.track(batches, f"copying to {folder}")
+            arrays = (self.batch(some).astype(like.dtype) for some in tracked)
+            files.save_row_batches(path, (len(rows), *like.shape[1:]), like.dtype, arrays)
+        row = np.where(self.ok, np.cumsum(self.ok) - 1, -1)
+        copy = Store([path], np.zeros(len(row), np.int32), row, self.key)
+        copy.bad = self.bad
+        return copy
 
 
-def _report_bad(bad, count, max_bad):
-    message = f"{len(bad):,} of {count:,} images are bad, the first: {', '.join(bad[0])}"
-    if len(bad) > max(5, max_bad * count):
-        raise BadTableError(message, f"Get the data again, or raise max_bad = {max_bad}.")
-    runtime.log(f"{message}. They are left out.")
+class Unstored:
+    """Images that are decoded when they are looked at: for sizes that would fill a disk.
 
-
-def _group(locators):
-    """Return a table of part and name for each shard, its index the rows of `locators`.
-
-    A shard holds what lies in one part, split by a hash of the name where that is much: a new image
-    among many changes one shard, not all that follow.
+    Parameters
+    ----------
+    pairs : pandas.DataFrame
+        From `load_pairs`.
+    size : int
+        Pixels a side.
     """
-    places = pd.DataFrame([split_locator(place) for place in locators], columns=["part", "name"])
-    places = places.sort_values(["part", "name"], kind="stable")
-    hashes = places["name"].map(lambda name: zlib.crc32(name.encode()))
-    counts = places.groupby("part")["name"].transform("size")
-    # A power of two: adding rarely splits.
-    buckets = 2 ** np.ceil(np.log2(np.ceil(counts / _SHARD)))
-    return [group for _, group in places.groupby(["part", hashes % buckets])]
 
+    def __init__(self, pairs, size):
+        self._places, self._size = pairs["image"].to_numpy(), size
+        self.ok, self.key = np.ones(len(pairs), bool), f"{size} px, not stored"
 
-def _make_shard(group, size, folder):
-    """Make sure that one shard lies whole in `folder`; return its path and why images are bad."""
-    source, names = files.resolve_path(group["part"].iloc[0]), group["name"].tolist()
-    with open_part(source) as part:
-        key = files.digest([names, [part.crc(name) for name in names], size, _RULE])
-        path = folder / f"{source.stem}-{size}-{key}.npy"
-        notes = path.with_suffix(".json")
-        if len(_read_reasons(notes)) != len(names):
-            path.unlink(missing_ok=True)
-        files.cached_rows(path, lambda: _decode_all(part, names, size, notes))
-    return str(path), _read_reasons(notes)
-
-
-def _decode_all(part, names, size, notes):
-    """Return the images of one shard (k, 3, size, size); write to `notes` why each is bad."""
-    images = np.zeros((len(names), 3, size, size), np.uint8)
-    reasons = [None] * len(names)
-    for i, name in enumerate(names):
-        try:
-            images[i] = resize(decode_image(part.read(name), name, part.where), size)
-        except BadImageError as error:
-            reasons[i] = error.reason
-    files.write_json(notes, reasons)
-    return images
-
-
-def _read_reasons(path):
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads(path.read_text("utf-8"))
-    return []
+    def batch(self, rows):
+        """Decode images (b, 3, size, size), uint8; a bad one is a `BadImageError`."""
+        places = self._places[_checked_rows(self, rows)]
+        with ThreadPoolExecutor(runtime.threads()) as pool:
+            images = list(pool.map(lambda place: resize(open_image(place), self._size), places))
+        return np.stack(images) if images else np.empty((0, 3, self._size, self._size), np.uint8)
 
 
 class Pictures:
@@ -233,63 +165,56 @@ class Pictures:
         return self._pixels[_checked_rows(self, rows)]
 
 
-class FeatureStore(_Sharded):
-    """What a frozen network makes of a store: computed once, in shards, memory-mapped.
+def features(store, network, folder=None, device="auto"):
+    """Return a store of what a network makes of another store: computed once, in shards.
 
-    Made by `build`.
+    What is there is not computed again: a stopped build goes on at the first shard it lacks.
 
-    Attributes
+    Parameters
     ----------
-    ok : ndarray of shape (n,), bool
-        Which rows have features: those that the store has.
-    key : str
-        Changes with any image, their order, and any weight of the network.
+    store : any store
+    network : nn.Module
+        Maps what the store holds, such as uint8 images (b, 3, s, s), to a tensor (b, ...).
+    folder : path-like, optional
+        Where shards lie; ``data/cache/features`` by default. Can be deleted at any time.
+    device : str
+
+    Returns
+    -------
+    Store
+        Its key changes with any image, their order, and any weight of the network.
+
+    Raises
+    ------
+    BadValueError
+        The features are not finite in float16.
     """
-
-    @classmethod
-    def build(cls, store, front, folder=None, device="auto"):
-        """Compute what is not yet stored; a stopped build goes on at the first shard it lacks.
-
-        Parameters
-        ----------
-        store : ImageStore, or any other store
-        front : nn.Module
-            Maps what the store holds, such as uint8 images (b, 3, s, s), to a tensor (b, ...).
-        folder : path-like, optional
-            Where shards lie; ``data/cache/features`` by default. Can be deleted at any time.
-        device : str
-
-        Returns
-        -------
-        FeatureStore
-
-        Raises
-        ------
-        BadValueError
-            The features are not finite in float16.
-        """
-        folder = Path(folder or files.cache_dir() / "features")
-        key, rows = files.digest([weights_key(front), store.key]), np.flatnonzero(store.ok)
-        starts = range(0, len(rows), _SHARD)
-        paths, like = [], np.empty(0, np.float32)
-        for number, start in enumerate(starts):
-            note = f"computing features, shard {number + 1} of {len(starts)}"
-            part = rows[start : start + _SHARD]
-            make = functools.partial(_features, front, store, part, device, note)
-            paths.append(str(folder / f"{key}-{number:05d}.npy"))
-            like = files.cached_rows(paths[-1], make)[:0].astype(np.float32)
-        _mapped.cache_clear()
-        place = np.cumsum(store.ok) - 1  # (n,): which of the rows that the store has
-        return cls(paths, place // _SHARD, place % _SHARD, store.ok, like, key)
+    folder = Path(folder or files.cache_dir() / "features")
+    key, rows = files.digest([weights_key(network), store.key]), np.flatnonzero(store.ok)
+    starts, paths = range(0, len(rows), _SHARD), []
+    for number, start in enumerate(starts):
+        note = f"computing features, shard {number + 1} of {len(starts)}"
+        part = rows[start : start + _SHARD]
+        how = {"device": device, "description": note}
+        make = functools.partial(_in_half, network, store, part, how)
+        paths.append(folder / f"{key}-{number:05d}.npy")
+        files.cached_rows(paths[-1], make)
+    place = np.cumsum(store.ok) - 1  # (n,): which of the rows that the store has
+    return Store(paths, place // _SHARD, np.where(store.ok, place % _SHARD, -1), key)
 
 
-def _features(front, store, rows, device, note):
+def _in_half(network, store, rows, how):
+    return half(apply(network, store, rows, **how))
+
+
+def half(values):
+    """Return features as float16, which must hold them."""
     with np.errstate(over="ignore"):
-        features = apply(front, store, rows, device=device, description=note).astype(np.float16)
-    if not np.isfinite(features).all():
+        values = values.astype(np.float16)
+    if not np.isfinite(values).all():
         message = "the network's features are not finite in float16"
         raise BadValueError(message, "It may have diverged: train with a lower lr.")
-    return features
+    return values
 
 
 class PairStore:
@@ -297,7 +222,7 @@ class PairStore:
 
     Parameters
     ----------
-    store : ImageStore, FeatureStore or any other store
+    store : any store
         The inputs; `ok` and `key` are its own.
     targets : ndarray (n, d), float32, or tokens (n, l), int64
         May be memory-mapped.
@@ -371,13 +296,52 @@ def evaluating(model):
         yield model.eval()
 
 
+class Forward:
+    """A model run on arrays without gradients: float32, but bfloat16 on GPUs that compute in it.
+
+    Where a GPU's memory does not hold a batch, batches are halved from then on.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Moved to the device.
+    on : torch.device
+    pick : callable, optional
+        Takes the model's output to the tensor (b, p) that is wanted.
+    """
+
+    def __init__(self, model, on, pick=None):
+        self.model, self.on, self.pick = model.to(on), on, pick
+        self._size = None
+
+    def __call__(self, inputs):
+        """Return the answers (n, p), float32, to an array (n, ...)."""
+        import torch
+
+        fast = self.on.type == "cuda" and runtime.precision("auto", self.on) == "bf16"
+        outputs, size = [], self._size or len(inputs)
+        with evaluating(self.model), torch.autocast(self.on.type, torch.bfloat16, enabled=fast):
+            while len(inputs):
+                try:
+                    output = self.model(torch.from_numpy(inputs[:size]).to(self.on))
+                    output = output if self.pick is None else self.pick(output)
+                    outputs.append(output.float().cpu().numpy())
+                    inputs = inputs[size:]
+                except torch.OutOfMemoryError as error:
+                    if size == 1:
+                        message = f"{self.on} has too little memory for one row"
+                        raise DeviceError(message) from error
+                    if self._size is None:
+                        note = f"{self.on} has too little memory for {size} rows: fewer at a time"
+                        runtime.log(note)
+                    size = self._size = size // 2
+        return np.concatenate(outputs)
+
+
 def apply(
     model, store, rows, *, pick=None, device="auto", batch_size=256, description="predicting"
 ):
-    """Map `model` over the inputs of `rows` in batches, without gradients.
-
-    In float32, but on GPUs that compute in bfloat16 under autocast. Where a GPU's memory does not
-    hold a batch, batches are halved.
+    """Map `model` over the inputs of `rows` in batches, see `Forward`.
 
     Parameters
     ----------
@@ -401,24 +365,6 @@ def apply(
     DeviceError
         The memory does not hold a single row.
     """
-    import torch
-
-    on = runtime.device(device)
-    half = on.type == "cuda" and runtime.precision("auto", on) == "bf16"
-    size, outputs = batch_size, []
-    with evaluating(model.to(on)), torch.autocast(on.type, torch.bfloat16, enabled=half):
-        parts = np.split(np.asarray(rows), range(batch_size, len(rows), batch_size))
-        for part in runtime.track(parts, description):
-            while len(part):
-                try:
-                    output = model(torch.from_numpy(store.batch(part[:size])).to(on))
-                    output = output if pick is None else pick(output)
-                    outputs.append(output.float().cpu().numpy())
-                    part = part[size:]
-                except torch.OutOfMemoryError as error:
-                    if size == 1:
-                        raise DeviceError(f"{on} has too little memory for one row") from error
-                    if size == batch_size:
-                        runtime.log(f"{on} has too little memory for {size} rows: fewer at a time")
-                    size //= 2
-    return np.concatenate(outputs)
+    run = Forward(model, runtime.device(device), pick)
+    parts = np.split(np.asarray(rows), range(batch_size, len(rows), batch_size))
+    return np.concatenate([run(store.batch(p)) for p in runtime.track(parts, description)])

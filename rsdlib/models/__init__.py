@@ -17,6 +17,7 @@ from rsdlib.models.encoders import (
     clip_pair,
     create,
     load_in_order,
+    open_front,
 )
 from rsdlib.models.heads import HEADS, JointObjective, PromptRegressor, joint_loss, ridge
 from rsdlib.models.sampling import (

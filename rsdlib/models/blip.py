@@ -197,7 +197,7 @@ def caption_all(model, store, rows, beams=3, device="auto", batch_size=64):
     ----------
     model : Captioner
         Moved to the device.
-    store : rsdlib.data.ImageStore or alike
+    store : rsdlib.data.Store or alike
     rows : array of int (n,)
     beams : int
         1 is greedy.

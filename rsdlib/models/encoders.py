@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from rsdlib import files, runtime, weights
-from rsdlib.config import as_dict
+from rsdlib.config import BackboneConfig, as_dict
 from rsdlib.errors import CheckpointError, ConfigError, ModelNotFoundError, refusing
 
 _TIMM, _CLIP = "config.json", "open_clip_config.json"  # files that tell their folders
@@ -134,6 +134,11 @@ def create(config, *, load=True):
     for part in config.frozen:
         _freeze(encoder, part, config.model)
     return Frozen(encoder) if config.fine_tune == "never" else encoder
+
+
+def open_front(settings):
+    """Return the frozen front of the encoder that the dict of a `BackboneConfig` describes."""
+    return create(BackboneConfig(**settings), load=False).front
 
 
 def _freeze(encoder, part, model):

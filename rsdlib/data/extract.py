@@ -1,0 +1,447 @@
+"""From parts to stores: a part is decoded once, and every front that is asked for reads it then.
+
+A front maps uint8 images (b, 3, s, s) to what an encoder reads: the pixels themselves, or a frozen
+network's latents, captions or features. What it makes of one part is a shard, named by the part's
+content and the front's weights and not by which rows are wanted: another cleaning finds it done.
+"""
+
+import contextlib
+import functools
+import itertools
+import multiprocessing
+import os
+import zlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rsdlib import files, runtime
+from rsdlib.data.images import decode_image, resize, split_locator
+from rsdlib.data.pairs import load_pairs, open_part
+from rsdlib.data.stores import Forward, Store, half, weights_key
+from rsdlib.errors import (
+    BadImageError,
+    BadTableError,
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+)
+
+_SHARD = 1000  # images a shard, about
+_BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
+_RULE = "1: RGB on white, upright, centre square, bicubic"  # part of every front's key
+_NO_IMAGES = (".json", ".jsonl", ".txt", ".csv", ".parquet")
+
+# --- fronts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Front:
+    """What is made of every image of a part; see `pixels` and `network`.
+
+    Attributes
+    ----------
+    size : int
+        Pixels a side of the images that it reads.
+    key : str
+        Changes with whatever changes its answers.
+    open : callable, optional
+        Returns the frozen network, in each process that runs it once; without, the pixels are kept.
+    """
+
+    size: int
+    key: str
+    open: object = field(default=None, compare=False)
+
+
+def pixels(size):
+    """Return the front that keeps the images themselves, `size` pixels a side."""
+    return Front(size, files.digest([size, _RULE]))
+
+
+def network(module, size, open=None):
+    """Return the front that runs a frozen module; other processes call `open` to have it too."""
+    return Front(size, _key(module, size), open or (lambda: module))
+
+
+def _key(module, size):
+    return files.digest([size, _RULE, weights_key(module)])
+
+
+@functools.lru_cache(8)
+def _opened(front, on):
+    import torch
+
+    module = front.open().eval().requires_grad_(False)
+    if _key(module, front.size) != front.key:
+        raise CheckpointError(
+            "a frozen network has other weights in this process than in the first"
+        )
+    layout = torch.channels_last if on.type == "cuda" else torch.preserve_format
+    return Forward(module.to(on, memory_format=layout), on)
+
+
+def _answers(front, images, device):
+    """Return what a front makes of images (b, 3, s, s): uint8 as they are, else float16."""
+    if front.open is None:
+        return images
+    return half(_opened(front, runtime.own_device(device))(images))
+
+
+# --- one part -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some images of a part: their names, why some are bad, and a file for each front."""
+
+    names: list
+    bad: dict
+    paths: list
+
+
+def make_shards(path, wanted, fronts, folder, device="auto", done=None):
+    """Make sure that what each front makes of a part lies whole in `folder`.
+
+    Idempotent: what is there is not computed again. Files are written whole or not at all, and
+    their bytes do not depend on who makes them.
+
+    Parameters
+    ----------
+    path : Path
+        Of the part.
+    wanted : sequence of str
+        Names that must be among the shards', though the part may lack them.
+    fronts : sequence of Front
+    folder : Path
+    device : str
+    done : callable, optional
+        Called with a number of images whenever so many are done.
+
+    Returns
+    -------
+    list of Shard
+    """
+    shards = []
+    with open_part(path) as part:
+        images = {name for name in part.names() if not name.endswith(_NO_IMAGES)}
+        for names in _buckets(sorted(images | set(wanted))):
+            content = files.digest([names, [part.crc(name) for name in names], _RULE])
+            notes = folder / f"{path.stem}-{content}.json"
+            paths = {f: folder / f"{path.stem}-{content}-{f.key}.npy" for f in fronts}
+            bad = _read_notes(notes)
+            missing = [f for f in fronts if bad is None or not _is_whole(paths[f])]
+            if missing:
+                bad, arrays = _run(part, names, missing, device, done or (lambda count: None))
+                files.write_json(notes, {"bad": bad, "digest": files.digest(bad)})
+                for front, array in arrays.items():
+                    files.save_rows(paths[front], array)
+            shards.append(Shard(names, bad, [str(paths[f]) for f in fronts]))
+    return shards
+
+
+def _buckets(names):
+    """Split names by a hash where they are many: a new image changes one shard, not all after."""
+    count = 1
+    while count * _SHARD < len(names):  # a power of two: adding rarely splits
+        count *= 2
+    buckets = [[] for _ in range(count)]
+    for name in names:
+        buckets[zlib.crc32(name.encode()) % count].append(name)
+    return [bucket for bucket in buckets if bucket]
+
+
+def _read_notes(path):
+    """Return why images of a shard are bad, None if that is not known."""
+    with contextlib.suppress(CacheError, KeyError, TypeError):
+        stored = files.read_json(path)
+        if stored["digest"] == files.digest(stored["bad"]):
+            return stored["bad"]
+    return None
+
+
+def _is_whole(path):
+    """Tell whether a shard is there, by its size and header; `files.check_rows` reads it all."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            files.open_rows(path, verify=False)
+            return True
+        except CacheError as error:
+            runtime.log(f"{error} Making it again.")
+    return False
+
+
+def _run(part, names, fronts, device, done):
+    """Return why images are bad, by name, and what each front makes of the others."""
+    bad, made = {}, {front: [] for front in fronts}
+    sizes = {front.size for front in fronts}
+
+    def decode(name):
+        try:
+            image = decode_image(part.read(name), name, part.where)
+        except BadImageError as error:
+            return error.reason
+        return {size: resize(image, size) for size in sizes}
+
+    for batch, decoded in _ahead(decode, names):
+        bad |= {n: why for n, why in zip(batch, decoded, strict=True) if isinstance(why, str)}
+        good = [images for images in decoded if not isinstance(images, str)]
+        for front in fronts if good else ():
+            images = np.stack([images[front.size] for images in good])
+            made[front].append(_answers(front, images, device))
+        done(len(batch))
+    return bad, {front: np.concatenate(some or [np.empty(0)]) for front, some in made.items()}
+
+
+def _ahead(function, items):
+    """Yield batches of items and the function's values; threads work on the next one meanwhile."""
+    starts = range(0, len(items), _BATCH)
+    batches = [items[start : start + _BATCH] for start in starts]
+    with ThreadPoolExecutor(runtime.threads()) as pool:
+        coming = None
+        for batch, following in itertools.zip_longest(batches, batches[1:]):
+            values = coming or pool.map(function, batch)
+            coming = following and pool.map(function, following)
+            yield batch, list(values)
+
+
+# --- all parts ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def executor(processes=0, dask=""):
+    """Open what runs parts side by side: processes of this machine, or Dask's workers.
+
+    Parameters
+    ----------
+    processes : int
+        With one, or none, parts are read one after the other, in threads.
+    dask : str
+        Address of a scheduler whose workers see the same files, or ``local:4`` for four workers
+        here. A part whose worker is lost is given to another.
+
+    Yields
+    ------
+    concurrent.futures.Executor or None
+    """
+    if dask:
+        distributed = runtime.require("distributed")
+        kind, _, count = dask.partition(":")
+        how = {"n_workers": int(count), "threads_per_worker": 1} if kind == "local" else {}
+        with distributed.Client(**how) if how else distributed.Client(dask) as client:
+            yield client.get_executor(pure=False, retries=10)
+    elif processes > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, runtime.share, (processes,)) as pool:
+            yield pool
+    else:
+        yield None
+
+
+def find_parts(source):
+    """Return the parts that hold the images of a source for `rsdlib.data.load_pairs`, in order."""
+    places = {split_locator(place)[0] for place in load_pairs(source)["image"]}
+    return sorted(map(files.resolve_path, places))
+
+
+def run(parts, wanted, fronts, folder, device="auto", pool=None):
+    """Yield the shards of each part, made where they are not there yet.
+
+    Parameters
+    ----------
+    parts : sequence of Path
+    wanted : sequence of sequences of str
+        For each part, see `make_shards`.
+    fronts : sequence of Front
+    folder : Path
+    device : str
+    pool : concurrent.futures.Executor, optional
+        See `executor`; each part is one task.
+
+    Yields
+    ------
+    list of Shard
+
+    Raises
+    ------
+    DeviceError
+        A process of the pool died.
+    """
+    make = functools.partial(make_shards, fronts=fronts, folder=folder, device=device)
+    if pool is None:
+        for number, (part, names) in enumerate(zip(parts, wanted, strict=True), 1):
+            about = f"reading images, part {number} of {len(parts)}"
+            ticks = runtime.track(range(max(len(names), 1)), about)
+            yield make(part, names, done=functools.partial(_advance, ticks))
+        return
+    try:
+        with contextlib.closing(pool.map(make, parts, wanted)) as made:  # an error cancels the rest
+            yield from runtime.track(made, "reading images, parts", len(parts))
+    except BrokenProcessPool as error:
+        fix = "Often memory: use fewer processes. Run it again, it goes on where it stopped."
+        raise DeviceError("a process that read images died", fix) from error
+
+
+def _advance(ticks, count):
+    for _ in itertools.islice(ticks, count):
+        pass
+
+
+# --- stores ---------------------------------------------------------------------------------------
+
+
+def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="auto", max_bad=0.01):
+    """Return a store of what each front makes of the images of some pairs.
+
+    What is not there yet is made; a build that is stopped goes on where it stopped. Where parts are
+    zips that kept size and date, a store that was built before opens without reading them.
+
+    Parameters
+    ----------
+    pairs : pandas.DataFrame
+        From `load_pairs`; the columns ``id`` and ``image`` are used.
+    fronts : sequence of Front
+    folder, pool, device
+        See `run`.
+    on_bad : {"error", "skip"}
+        What to do with an image that cannot be decoded: stop, or list it in the stores' `bad`.
+        Nothing ever takes its place.
+    max_bad : float
+        With ``on_bad="skip"``, the share of bad images above which the data itself is refused;
+        five bad images always pass.
+
+    Returns
+    -------
+    list of Store
+
+    Raises
+    ------
+    BadImageError
+        With ``on_bad="error"``: an image cannot be decoded.
+    BadTableError
+        Too many images are bad.
+    """
+    if on_bad not in ("error", "skip"):
+        raise ConfigError(f"on_bad = {on_bad!r} is unknown", "Use 'error' or 'skip'.")
+    folder = Path(folder or files.cache_dir() / "parts")
+    places = pd.DataFrame(map(split_locator, pairs["image"]), columns=["part", "name"])
+    groups = places.groupby("part")["name"]
+    parts = [files.resolve_path(part) for part in groups.groups]
+    index = _Index(folder, parts, places, fronts)
+    found = index.read()
+    if found is None:
+        wanted = [names.tolist() for _, names in groups]
+        found = _Found.empty(len(places), len(fronts))
+        made = run(parts, wanted, fronts, folder, device, pool)
+        for (_, names), shards in zip(groups, made, strict=True):
+            found.add(names, shards)
+            if found.bad and on_bad == "error":
+                break
+        else:
+            index.write(found)
+    bad = [(*_item(pairs, places, i), reason) for i, reason in sorted(found.bad)]
+    if bad and on_bad == "error":
+        raise BadImageError(*bad[0])
+    if bad:
+        _report_bad(bad, len(places), max_bad)
+    return [found.store(paths, bad) for paths in found.paths]
+
+
+def _item(pairs, places, row):
+    return pairs["id"].iloc[row], files.relative(places["part"].iloc[row])
+
+
+def _report_bad(bad, count, max_bad):
+    message = f"{len(bad):,} of {count:,} images are bad, the first: {', '.join(bad[0])}"
+    if len(bad) > max(5, max_bad * count):
+        raise BadTableError(message, f"Get the data again, or raise max_bad = {max_bad}.")
+    runtime.log(f"{message}. They are left out.")
+
+
+@dataclass
+class _Found:
+    """Where everything lies: image i in row ``row[i]`` of file ``shard[i]`` of each front."""
+
+    shard: np.ndarray
+    row: np.ndarray
+    paths: list  # for each front
+    bad: list  # (image, reason)
+
+    @classmethod
+    def empty(cls, images, fronts):
+        row = np.full(images, -1, np.int32)
+        return cls(np.zeros(images, np.int32), row, [[] for _ in range(fronts)], [])
+
+    def add(self, names, shards):
+        """Look up the images of one part: a Series of names, its index the images."""
+        for made in shards:
+            good = pd.Index([name for name in made.names if name not in made.bad])
+            place = good.get_indexer(names)
+            images = names.index[place >= 0].to_numpy()
+            self.shard[images], self.row[images] = len(self.paths[0]), place[place >= 0]
+            self.bad += [(int(i), made.bad[name]) for i, name in names.items() if name in made.bad]
+            for paths, path in zip(self.paths, made.paths, strict=True):
+                paths.append(path)
+
+    def store(self, paths, bad):
+        """Return the store of one front."""
+        where = files.checksum({"shard": self.shard, "row": self.row})
+        key = files.digest([[Path(path).name for path in paths], where])
+        store = Store(paths, self.shard, self.row, key)
+        store.bad = pd.DataFrame(bad, columns=store.bad.columns)
+        return store
+
+
+class _Index:
+    """What was found, good as long as all parts are zips that kept size and date."""
+
+    def __init__(self, folder, parts, places, fronts):
+        images = pd.util.hash_pandas_object(places, index=False).to_numpy()
+        key = files.digest([files.checksum({"images": images}), [front.key for front in fronts]])
+        self._path = folder / f"index-{key}.safetensors"
+        self._stamps = None
+        if all(part.is_file() for part in parts):
+            self._stamps = [[s.st_size, s.st_mtime_ns] for s in map(os.stat, parts)]
+
+    def read(self):
+        with contextlib.suppress(CacheError):
+            arrays, meta = files.load_arrays(self._path)
+            shards = itertools.chain(*meta["paths"])
+            if meta.pop("stamps") == self._stamps and all(_is_whole(Path(p)) for p in shards):
+                return _Found(**arrays, **meta)
+        return None
+
+    def write(self, found):
+        if self._stamps is not None:
+            meta = {"stamps": self._stamps, "paths": found.paths, "bad": found.bad}
+            files.save_arrays(self._path, {"shard": found.shard, "row": found.row}, meta)
+
+
+def check_shards(folder=None):
+    """Hold every stored array against its checksum; a damaged one is deleted, to be made again.
+
+    Parameters
+    ----------
+    folder : path-like, optional
+        Default: the cache.
+
+    Returns
+    -------
+    right : int
+        How many files are as they were written.
+    damaged : list of str
+        The files that are gone now.
+    """
+    paths, damaged = sorted(Path(folder or files.cache_dir()).rglob("*.npy")), []
+    for path in runtime.track(paths, "checking stored arrays"):
+        try:
+            files.open_rows(path)
+        except CacheError:
+            path.unlink()
+            damaged.append(files.relative(path))
+    return len(paths) - len(damaged), damaged
