@@ -384,6 +384,18 @@ def extract(
         experiment.prepare(chosen.data).stores(fronts, "skip", device)
 
 
+def train(folder: str, /):
+    """Train a run that a notebook has planned, as one of the processes that torchrun starts.
+
+    Args:
+        folder: of the run.
+    """
+    from rsdlib import experiment, training
+
+    training.end_with_parent()
+    experiment.planned(folder).run()
+
+
 # --- data and models ------------------------------------------------------------------------------
 
 
@@ -463,7 +475,7 @@ def main(arguments=None):
     interrupted, 138 the kernel died.
     """
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
-    commands |= {"extract": extract, "data": data, "models": models}
+    commands |= {"extract": extract, "train": train, "data": data, "models": models}
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)

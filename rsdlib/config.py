@@ -177,6 +177,9 @@ class TrainConfig:
     log_every: Positive = 20  # steps between lines in metrics.jsonl
     workers: Annotated[int, Field(ge=0)] | None = None  # processes that read; None: 2 for a GPU
     device: str = "auto"
+    processes: Annotated[int, Field(ge=0)] = 1  # that train side by side; 0: one a GPU
+    compile: bool = False  # let torch compile the model: minutes at first, then faster on GPUs
+    tf32: bool = True  # on GPUs, float32 products with 10 bits of mantissa
 
     def fixed(self):
         """Return what makes a run what it is: all that may not change on resume."""
@@ -184,6 +187,7 @@ class TrainConfig:
 
 
 FREE = frozenset({"micro_batches", "save_every", "log_every", "workers", "device"})
+FREE |= {"processes", "compile", "tf32"}
 
 
 @settings

@@ -19,6 +19,7 @@ import pandas as pd
 from rsdlib import analysis, data, ensemble, files, models, runtime, training
 from rsdlib.config import (
     BackboneConfig,
+    CleanConfig,
     CurriculumConfig,
     DataConfig,
     HeadConfig,
@@ -316,8 +317,8 @@ class Trial:
     recipe : Recipe
     folder : Path
         ``runs/<profile>/<name>-<key>``.
-    images : rsdlib.data.Store
-        The pictures at the size that the encoder reads.
+    prepared : Prepared
+    on_bad : {"error", "skip"}
     """
 
     name: str
@@ -329,12 +330,18 @@ class Trial:
     config: TrainConfig
     recipe: Recipe
     folder: Path
-    images: data.Store
+    prepared: Prepared
+    on_bad: str
 
     def run(self):
         """Train, or find the run done; return its folder."""
         steps = f"{len(self.pairs.train)} training pairs, {self.config.epochs} epochs"
         runtime.log(f"{self.name}: {steps} -> {files.relative(self.folder)}")
+        if not (training.is_finished(self.folder) or training.is_one_of_many()):
+            processes = self.config.processes or max(runtime.gpus(), 1)
+            if processes > 1:
+                self._hand_over()
+                training.launch(self.folder, processes)
         training.fit(
             self.model,
             self.pairs,
@@ -345,21 +352,38 @@ class Trial:
             callbacks=self.callbacks,
             recipe=as_dict(self.recipe),
         )
-        if not self.recipe.captions and not (self.folder / DOMAIN).exists():
+        wanted = not self.recipe.captions and not (self.folder / DOMAIN).exists()
+        if wanted and runtime.is_main_process():
             self._learn_domain()
         return self.folder
 
+    def _hand_over(self):
+        """Write what other processes need to train this run; `planned` reads it."""
+        if self.recipe.objective or self.recipe.backbone.library == "own":
+            message = f"{self.name} has an encoder or an objective that only this process knows"
+            raise ConfigError(message, "Use processes=1.")
+        arrays = {f"model.{n}": w for n, w in training.to_numpy(self.model.state_dict()).items()}
+        arrays |= {f"stage.{n}": stage.rows for n, stage in enumerate(self.stages)}
+        meta = {"data": as_dict(self.prepared.config), "on_bad": self.on_bad}
+        meta["callbacks"] = bool(self.callbacks)  # the curriculum's own: see `planned`
+        meta["epochs"] = [stage.epochs for stage in self.stages]
+        settings = training.Plan(self.stages, self.config).settings(as_dict(self.recipe))
+        training.claim(self.folder, settings)
+        files.save_arrays(self.folder / PLAN, arrays, meta)
+
     def _learn_domain(self):
         """Store which pictures the trained model knows, for `rsdlib.Predictor`."""
-        sides = []
+        sides, size = [], self.model.backbone.image_size
+        images = self.prepared.images(size, self.on_bad)
         for rows in (self.pairs.train, self.pairs.val):
             some = rows[:: -(-len(rows) // KNOWN)]
             read = {"device": self.config.device, "description": "what it knows"}
             features = data.apply(self.model.backbone, self.pairs.store, some, **read)
-            sides.append({"features": features, "texture": models.texture(self.images.batch(some))})
+            sides.append({"features": features, "texture": models.texture(images.batch(some))})
         models.Domain.fit(*sides).save(self.folder / DOMAIN)
 
 
+PLAN = "plan.safetensors"
 DOMAIN, KNOWN = "domain.safetensors", 2000  # at most so many pictures say what a model knows
 
 
@@ -523,8 +547,51 @@ def plan(
     key = files.digest([as_dict(recipe), config.fixed()], 8)
     folder = files.root() / "runs" / profile.name / f"{name}-{key}"
     objective = objective or _objective(model, recipe)
-    images = prepared.images(network.image_size, on_bad)
-    return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, folder, images)
+    made = {"folder": folder, "prepared": prepared, "on_bad": on_bad}
+    return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, **made)
+
+
+def planned(folder):
+    """Return the trial that another process wrote into its folder, to train it here as well.
+
+    Parameters
+    ----------
+    folder : path-like
+
+    Returns
+    -------
+    Trial
+
+    Raises
+    ------
+    CheckpointError
+        The images are not those that it was planned with.
+    """
+    folder = Path(os.path.abspath(folder))
+    recipe, arrays = Recipe.load(folder), {"model": {}, "stage": {}}
+    config = TrainConfig(**training.made_from(folder)["train"])
+    stored, meta = files.load_arrays(folder / PLAN)
+    for name, value in stored.items():
+        kind, _, rest = name.partition(".")
+        arrays[kind][rest] = value
+    clean = CleanConfig(**meta["data"].pop("clean"))
+    prepared = prepare(DataConfig(clean=clean, **meta["data"]))
+    model = recipe.build(load=False)
+    training.load_arrays_into(model, arrays["model"], folder / PLAN)
+    network = model if recipe.captions else model.backbone
+    store = prepared.store(network, meta["on_bad"], config.device)
+    if store.key != recipe.images:
+        message = f"the images of {files.relative(folder)} are not those it was planned with"
+        raise CheckpointError(message, "Plan it again: run the notebook that made it.")
+    pairs = _pairs(prepared, store, model, recipe)
+    epochs = enumerate(meta["epochs"])
+    stages = [training.Stage(arrays["stage"][str(n)], count) for n, count in epochs]
+    callbacks = []
+    if meta["callbacks"]:
+        _, callbacks = training.regime(recipe.curriculum, pairs.train, config.epochs)
+    made = {"folder": folder, "prepared": prepared, "on_bad": meta["on_bad"]}
+    objective, name = _objective(model, recipe), _name(folder.name.split("-")[0], recipe)
+    return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, **made)
 
 
 def white_box(

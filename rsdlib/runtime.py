@@ -65,6 +65,13 @@ def own_device(name):
 _HELD = []
 
 
+def gpus():
+    """Return how many GPUs there are."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def threads():
     """Return how many threads this process may keep busy: its share of the cores."""
     import torch

@@ -14,13 +14,17 @@ from rsdlib.training.curriculum import (
     without_hardest,
 )
 from rsdlib.training.loop import Callback, Plan, Stage, State, fit
+from rsdlib.training.processes import end_with_parent, is_one_of_many, launch
 from rsdlib.training.runs import (
     ENVIRONMENT,
     WEIGHTS,
     Run,
+    claim,
     is_finished,
+    load_arrays_into,
     load_run,
     load_weights,
     made_from,
     save_weights,
+    to_numpy,
 )

@@ -19,7 +19,7 @@ from rsdlib import files, runtime
 from rsdlib.config import as_dict
 from rsdlib.data import evaluating
 from rsdlib.errors import BadValueError, DeviceError, RsdError
-from rsdlib.training import runs
+from rsdlib.training import processes, runs
 
 # --- plan -----------------------------------------------------------------------------------------
 
@@ -62,6 +62,11 @@ class Plan:
         steps = [math.ceil((len(rows) - 1) / config.batch_size) for rows in self.epochs]
         self.starts = np.concatenate([[0], np.cumsum(steps)])  # of each epoch, then the total
         self.total = int(self.starts[-1])
+
+    def settings(self, recipe=None):
+        """Return what ``config.json`` says of a run that takes this plan."""
+        order = files.digest([rows.tolist() for rows in self.epochs])
+        return {"train": as_dict(self.config), "stages": order, "recipe": recipe or {}}
 
     def epoch(self, step):
         """Return the epoch that holds `step`."""
@@ -198,17 +203,15 @@ def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), re
     Notes
     -----
     Under ``torchrun --nproc-per-node k`` each process takes its share of every global batch. Losses
-    are those of one process, as they are for any number of micro-batches, for models whose samples
-    do not meet (no BatchNorm) and without dropout, whose masks depend on the shares. The caller's
-    random state is left as it was.
+    are those of one process but for dropout, whose masks depend on the shares. So they are for any
+    number of micro-batches, but for BatchNorm, which sees one at a time. The caller's random state
+    is left as it was.
     """
     folder = Path(folder)
     plan = Plan(stages or [Stage(np.asarray(data.train), config.epochs)], config)
-    order = files.digest([rows.tolist() for rows in plan.epochs])
-    settings = {"train": as_dict(config), "stages": order, "recipe": recipe or {}}
     finished = runs.is_finished(folder)
     with contextlib.nullcontext() if finished else runs.locked(folder):
-        runs.claim(folder, settings)
+        runs.claim(folder, plan.settings(recipe))
         if not runs.is_finished(folder):
             device = runtime.device(config.device)
             cuda = [device] if device.type == "cuda" else []
@@ -236,6 +239,9 @@ class _Loop:
         self.history = np.full((len(plan.epochs), len(data)), np.nan, np.float32)
         for callback in callbacks:
             callback.begin(self.state)
+        self.norms = processes.share_norms(model) if self.world > 1 else []
+        if self.config.compile:
+            model.compile()
         self.model = self.accelerator.prepare_model(model.to(self.device))
         self._resume()
         # This epoch's similarities, which rows have one, and the loss since the last line: all on
@@ -264,12 +270,19 @@ class _Loop:
         finally:
             for callback in self.callbacks:
                 callback.end(self.state)
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # as it came
+            self._give_back()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._write_difficulty()
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
+
+    def _give_back(self):
+        """Leave the model as it came."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.state.model._compiled_call_impl = None
+        for norm, kind in self.norms:
+            norm.__class__ = kind
 
     def _steps(self):
         state, plan = self.state, self.state.plan
@@ -457,6 +470,8 @@ def _accelerator(config):
     device = runtime.device(config.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     chosen = runtime.precision(config.precision, device)
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = "no" if chosen == "fp32" else chosen

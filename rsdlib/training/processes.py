@@ -1,0 +1,113 @@
+"""Several processes that train one run: started here, or by hand with torchrun on many machines."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import torch
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+from rsdlib import files, runtime
+from rsdlib.errors import RsdError
+
+PARENT = "RSD_PARENT"  # the process that started this one and must not die before it
+
+
+def launch(folder, processes):
+    """Train a planned run in several processes of this machine, and show what they say.
+
+    They end with the caller. By hand, and on several machines, the same is
+    ``torchrun --nproc-per-node 8 ... -m rsdlib.cli train FOLDER``.
+
+    Parameters
+    ----------
+    folder : path-like
+        A run folder that holds its plan.
+    processes : int
+
+    Raises
+    ------
+    RsdError
+        They did not train it to its end.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "rsdlib.cli", "train", str(folder)]
+    threads = max((os.cpu_count() or 1) // processes, 1)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "RSD_HEADLESS": "1"}
+    environment[PARENT] = str(os.getpid())
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    reason = "their last words stand above"
+    with subprocess.Popen(command, env=environment, **how) as child:
+        try:
+            for line in map(str.rstrip, child.stdout):
+                runtime.log(line)
+                if line.startswith("rsd: "):
+                    reason = line.removeprefix("rsd: ")
+        except BaseException:
+            child.terminate()  # it ends those that it started
+            raise
+    if child.returncode:
+        message = f"{processes} processes could not train {files.relative(folder)}: {reason}"
+        raise RsdError(message, "Run it again, it goes on from the last checkpoint.")
+
+
+def end_with_parent(every=2.0):
+    """End this process when the one that started the whole is gone, however that died."""
+    parent = int(os.environ.get(PARENT, "0"))
+
+    def watch():
+        while psutil.pid_exists(parent):
+            time.sleep(every)
+        os._exit(1)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+# --- batches that meet ----------------------------------------------------------------------------
+
+
+class SharedNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the global batch, whose rows lie in several processes.
+
+    As `torch.nn.SyncBatchNorm`, which runs on GPUs alone.
+    """
+
+    def _check_input_dim(self, input):
+        pass  # the layer whose place this takes has checked
+
+    def forward(self, input):
+        """Normalise (b, c, ...) by the mean and variance of all processes' rows."""
+        if not self.training:
+            return super().forward(input)
+        places = [0, *range(2, input.dim())]
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        count = all_reduce(input.new_tensor(float(input.numel() / input.shape[1])))
+        mean = all_reduce(input.sum(places)) / count
+        centred = input - mean.view(shape)
+        variance = all_reduce(centred.square().sum(places)) / count
+        if self.track_running_stats:
+            rate = self.momentum
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), rate)
+            self.running_var.lerp_(variance.detach() * count / (count - 1), rate)
+        normal = centred * (variance + self.eps).rsqrt().view(shape)
+        return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
+
+
+def share_norms(model):
+    """Let every batch normalisation of a model see the rows of all processes; return those."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kinds = [type(norm) for norm in norms]
+    for norm in norms:
+        norm.__class__ = SharedNorm  # its weights, their names and its hooks stay
+    return list(zip(norms, kinds, strict=True))
+
+
+def is_one_of_many():
+    """Tell whether this process already is one of those that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized()
