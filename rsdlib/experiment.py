@@ -340,7 +340,7 @@ class Trial:
         if not (training.is_finished(self.folder) or training.is_one_of_many()):
             processes = self.config.processes or max(runtime.gpus(), 1)
             if processes > 1:
-                self._hand_over()
+                self.hand_over()
                 training.launch(self.folder, processes)
         training.fit(
             self.model,
@@ -357,7 +357,7 @@ class Trial:
             self._learn_domain()
         return self.folder
 
-    def _hand_over(self):
+    def hand_over(self):
         """Write what other processes need to train this run; `planned` reads it."""
         if self.recipe.objective or self.recipe.backbone.library == "own":
             message = f"{self.name} has an encoder or an objective that only this process knows"

@@ -390,6 +390,17 @@ def test_batch_norm_trains_in_uneven_shares_of_two_processes(two):
     assert training.load_run(two / "normed").difficulty["epoch_1"].notna().all()
 
 
+def test_batch_norm_sees_the_rows_of_both_processes(two, tmp_path):
+    stages = [training.Stage(np.arange(43), 3)]
+    alone = toy.train(toy.normed(0.0), tmp_path, stages=stages)
+    assert_same_run(two / "norms", training.load_run(alone))
+    (one, _), (both, _) = (
+        files.load_arrays(f / "model.safetensors") for f in (alone, two / "norms")
+    )
+    for name, value in one.items():
+        np.testing.assert_allclose(both[name], value, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("batch_size", [2, 7, 49])
 def test_a_last_batch_of_one_sample_joins_the_one_before(tmp_path, batch_size):
     """BatchNorm, as in the original's perceptron, cannot train on a single sample."""

@@ -71,9 +71,9 @@ def model(dropout=0.2, words=20, dim=12, seed=0):
     return PromptRegressor(Backbone(dropout), "sequential", words, dim)
 
 
-def normed():
+def normed(dropout=0.2):
     """Return the model with a BatchNorm, which cannot train on a single sample."""
-    changed = model()
+    changed = model(dropout)
     changed.backbone.body.insert(2, nn.BatchNorm1d(16))
     return changed
 
@@ -124,3 +124,5 @@ if __name__ == "__main__":  # torchrun tests/toy.py FOLDER
     with contextlib.suppress(Stop):  # one process ends it
         fit(runs / "handed over", dropout=0.0, callbacks=[StopAt(9)])
     train(normed(), runs / "normed", UNEVEN, stages=UNEVEN_STAGES)
+    # Batches of eight, and of three at the end: those are too few for two processes.
+    train(normed(0.0), runs / "norms", stages=[training.Stage(np.arange(43), 3)])

@@ -204,8 +204,8 @@ def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), re
     -----
     Under ``torchrun --nproc-per-node k`` each process takes its share of every global batch. Losses
     are those of one process but for dropout, whose masks depend on the shares. So they are for any
-    number of micro-batches, but for BatchNorm, which sees one at a time. The caller's random state
-    is left as it was.
+    number of micro-batches, but for BatchNorm, which then sees the rows of one in one process. The
+    caller's random state is left as it was.
     """
     folder = Path(folder)
     plan = Plan(stages or [Stage(np.asarray(data.train), config.epochs)], config)
@@ -239,7 +239,8 @@ class _Loop:
         self.history = np.full((len(plan.epochs), len(data)), np.nan, np.float32)
         for callback in callbacks:
             callback.begin(self.state)
-        self.norms = processes.share_norms(model) if self.world > 1 else []
+        together = self.world > 1 and self.config.micro_batches == 1
+        self.norms = processes.share_norms(model) if together else []
         if self.config.compile:
             model.compile()
         self.model = self.accelerator.prepare_model(model.to(self.device))
@@ -323,6 +324,8 @@ class _Loop:
         rank = self.accelerator.process_index
         torch.manual_seed(runtime.torch_seed("step", config.seed, state.step, rank))
         for number, (batch, rows, share) in enumerate(parts, 1):
+            for norm, _ in self.norms:
+                norm.counts = float(share > 0)
             is_last = number == len(parts)
             synced = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
             with synced:

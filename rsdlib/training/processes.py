@@ -74,8 +74,11 @@ def end_with_parent(every=2.0):
 class SharedNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the global batch, whose rows lie in several processes.
 
-    As `torch.nn.SyncBatchNorm`, which runs on GPUs alone.
+    As `torch.nn.SyncBatchNorm`, which runs on GPUs alone. A process without rows of its own joins
+    in with rows that do not count: `counts` is 0 there.
     """
+
+    counts = 1.0
 
     def _check_input_dim(self, input):
         pass  # the layer whose place this takes has checked
@@ -86,15 +89,14 @@ class SharedNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         places = [0, *range(2, input.dim())]
         shape = [1, -1, *[1] * (input.dim() - 2)]
-        count = all_reduce(input.new_tensor(float(input.numel() / input.shape[1])))
-        mean = all_reduce(input.sum(places)) / count
+        count = all_reduce(input.new_tensor(self.counts * input.numel() / input.shape[1]))
+        mean = all_reduce(self.counts * input.sum(places)) / count
         centred = input - mean.view(shape)
-        variance = all_reduce(centred.square().sum(places)) / count
+        variance = all_reduce(self.counts * centred.square().sum(places)) / count
         if self.track_running_stats:
-            rate = self.momentum
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach(), rate)
-            self.running_var.lerp_(variance.detach() * count / (count - 1), rate)
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
         normal = centred * (variance + self.eps).rsqrt().view(shape)
         return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
 
