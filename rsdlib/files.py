@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import tokenize
 from pathlib import Path
 
@@ -97,10 +98,12 @@ def _flush(path):
         os.close(handle)
 
 
-def remove_leftovers(folder):
-    """Delete temporary files of killed writers; the caller must be the folder's only writer."""
+def remove_leftovers(folder, older=0):
+    """Delete temporary files of killed writers: by the folder's only writer, or `older` seconds."""
     for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()
 
 
 def write_text(path, text):

@@ -166,7 +166,7 @@ def _read_notes(path):
 
 
 def _is_whole(path):
-    """Tell whether a shard is there, by its size and header; `files.check_rows` reads it all."""
+    """Tell whether a shard is there, by its size and header; `check_shards` reads it all."""
     with contextlib.suppress(FileNotFoundError):
         try:
             files.open_rows(path, verify=False)
@@ -233,7 +233,10 @@ def executor(processes=0, dask=""):
         distributed = runtime.require("distributed")
         kind, _, count = dask.partition(":")
         how = {"n_workers": int(count), "threads_per_worker": 1} if kind == "local" else {}
-        with distributed.Client(**how) if how else distributed.Client(dask) as client:
+        patient = {"distributed.scheduler.allowed-failures": 100}  # workers that a part may lose
+        with runtime.require("dask.config", "dask").set(patient):
+            client = distributed.Client(**how) if how else distributed.Client(dask)
+        with client:
             yield client.get_executor(pure=False, retries=10)
     elif processes > 1:
         context = multiprocessing.get_context("spawn")
@@ -272,6 +275,7 @@ def run(parts, wanted, fronts, folder, device="auto", pool=None):
     DeviceError
         A process of the pool died.
     """
+    files.remove_leftovers(folder, older=24 * 3600)  # others may be writing
     make = functools.partial(make_shards, fronts=fronts, folder=folder, device=device)
     if pool is None:
         for number, (part, names) in enumerate(zip(parts, wanted, strict=True), 1):
