@@ -9,7 +9,6 @@ import time
 import psutil
 import torch
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 from rsdlib import files, runtime
 from rsdlib.errors import RsdError
@@ -71,6 +70,20 @@ def end_with_parent(every=2.0):
 # --- batches that meet ----------------------------------------------------------------------------
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes: what each adds has the sum of all their gradients."""
+
+    @staticmethod
+    def forward(ctx, value):
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Sum.forward(ctx, gradient.contiguous())
+
+
 class SharedNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the global batch, whose rows lie in several processes.
 
@@ -89,10 +102,10 @@ class SharedNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         places = [0, *range(2, input.dim())]
         shape = [1, -1, *[1] * (input.dim() - 2)]
-        count = all_reduce(input.new_tensor(self.counts * input.numel() / input.shape[1]))
-        mean = all_reduce(self.counts * input.sum(places)) / count
+        count = _Sum.apply(input.new_tensor(self.counts * input.numel() / input.shape[1]))
+        mean = _Sum.apply(self.counts * input.sum(places)) / count
         centred = input - mean.view(shape)
-        variance = all_reduce(self.counts * centred.square().sum(places)) / count
+        variance = _Sum.apply(self.counts * centred.square().sum(places)) / count
         if self.track_running_stats:
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.detach(), self.momentum)
