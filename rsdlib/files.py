@@ -190,7 +190,9 @@ _TRAILER = hashlib.sha256().digest_size  # bytes of the checksum behind the arra
 def save_rows(path, rows):
     """Write one large array as ``.npy``, its SHA-256 behind it, whole or not at all."""
     rows = np.asarray(rows, order="C")
-    save_row_batches(path, rows.shape, rows.dtype, [rows])
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, rows, allow_pickle=False)
+        stream.write(bytes.fromhex(checksum({"rows": rows})))
 
 
 def save_row_batches(path, shape, dtype, batches):
