@@ -70,7 +70,7 @@ PUBLISH_04 := -p seeds 3
 PUBLISH_05 := -p seeds 3
 PUBLISH_06 := -p seeds 3
 PUBLISH_08 := -p seeds 3
-PUBLISH_07 := -p seeds 3 -p study long -p brief 3 -p count 500 -p few 50 -p half true
+PUBLISH_07 := -p seeds 3 -p study long -p brief 3 -p count 250 -p few 40 -p half true
 
 # --- the rest -------------------------------------------------------------------------------------
 

@@ -176,7 +176,10 @@ class Comparison:
     p: float
 
     def __str__(self):
-        return f"{self.signed}, p = {self.p:.2g}"
+        p = f"p = {self.p:.2g}" if self.p > 5e-5 else "p < 0.0001"  # no tail is known further out
+        return f"{self.signed}{self.against}, {p}"
+
+    against = ""
 
     @property
     def signed(self):

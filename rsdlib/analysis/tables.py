@@ -27,8 +27,10 @@ class Gain(Comparison):
 
     over: str = ""
 
-    def __str__(self):
-        return f"{self.signed} over {self.over}, p = {self.p:.2g}"
+    @property
+    def against(self):
+        """What the gain is over, as text."""
+        return f" over {self.over}"
 
 
 def gains(row):
