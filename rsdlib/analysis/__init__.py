@@ -4,7 +4,6 @@ from rsdlib.analysis import tables
 from rsdlib.analysis.metrics import (
     Comparison,
     Estimate,
-    Retrieval,
     bootstrap_ci,
     clipscore,
     cosine,

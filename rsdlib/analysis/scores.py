@@ -54,8 +54,8 @@ class Scores:
 
     def gain(self, method, over):
         """Return a method's gain in cosine similarity over another with its test, as a dict."""
-        values = self.cosine(method), self.cosine(over)
-        return asdict(metrics.paired_test(*values, groups=self.groups))
+        test = metrics.paired_test(self.cosine(method), self.cosine(over), groups=self.groups)
+        return asdict(test) | {"over": over}
 
     def table(self, baselines):
         """Return one row per method: its scores, and its gain over each baseline."""
@@ -89,7 +89,7 @@ def as_table(rows):
 
 def _text(value):
     if isinstance(value, dict) and "p" in value:
-        gain = metrics.Comparison(metrics.Estimate(**value["difference"]), value["p"])
+        gain = metrics.Comparison.read(value | {"over": ""})  # the row's name says it
         return f"{gain.signed}, {gain.verdict}" if gain.difference.trainings > 1 else str(gain)
     if isinstance(value, dict):
         return str(metrics.Estimate(**value))

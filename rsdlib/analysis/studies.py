@@ -6,7 +6,7 @@ import numpy as np
 
 from rsdlib import ensemble
 from rsdlib.analysis import metrics
-from rsdlib.errors import BadValueError
+from rsdlib.errors import BadValueError, refusing
 
 
 def ensemble_tables(predictions, val, test):
@@ -53,11 +53,9 @@ def ensemble_tables(predictions, val, test):
 def _by_training(predictions):
     """Return for each training the models' predictions."""
     several = {model: metrics.each_training(pred) for model, pred in predictions.items()}
-    counts = {model: len(pred) for model, pred in several.items()}
-    if len(set(counts.values())) != 1:
-        message = f"the models' trainings are {counts}"
-        raise BadValueError(message, "Hand in equally many of each.")
-    return [dict(zip(several, each, strict=True)) for each in zip(*several.values(), strict=True)]
+    unequal = "the models' trainings are not equally many: {}"
+    with refusing(ValueError, BadValueError, unequal):
+        return [dict(zip(several, one, strict=True)) for one in zip(*several.values(), strict=True)]
 
 
 def swap_table(measured, groups, original=("original", "never")):
