@@ -122,9 +122,7 @@ def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_sta
     """
     X, Y = unit_rows(X, "X"), unit_rows(Y, "Y")
     if len(X) != len(Y):
-        raise BadValueError(
-            f"X has {len(X)} rows, Y has {len(Y)}", "Hand in one target per sample."
-        )
+        raise BadValueError(f"X has {len(X)} rows, Y has {len(Y)}", "Hand in one target for each.")
     if n_clusters > len(X):
         message = f"n_clusters = {n_clusters}, but there are {len(X)} samples"
         raise BadValueError(message, f"Use n_clusters={len(X)} or fewer.")
@@ -306,11 +304,16 @@ class DAKL(BaseEstimator):
         if self.alpha < least:
             message = f"alpha = {self.alpha:g} is lost in float64's rounding"
             raise ConfigError(message, f"Use alpha={least:.1g} or more.")
-        self.solver_, self.error_ = self.solver, np.nan
-        if self.solver in ("auto", "affine"):
-            self._fit_affine()
-        if self.solver_ != "affine":
-            W = _solve_primal(self.landmarks_, self.centroid_targets_, self.gamma, self.alpha)
+        problem = self.landmarks_, self.centroid_targets_, self.gamma, self.alpha
+        self.error_ = np.nan
+        if self.solver != "primal":
+            self.predictor_, self.error_ = fit_affine(*problem, self.tol, self.random_state)
+        self.solver_ = "affine" if self.error_ <= self.tol else "primal"
+        if self.solver == "affine" and self.solver_ == "primal":
+            message = f"the affine form's certified error {self.error_:.1g} is above {self.tol:g}"
+            raise ConfigError(message, "Use solver='auto' or 'primal'.")
+        if self.solver_ == "primal":
+            W = _solve_primal(*problem)
             self.predictor_ = partial(_stream, Z=self.landmarks_, gamma=self.gamma, W=W)
         return self
 
@@ -355,15 +358,6 @@ class DAKL(BaseEstimator):
             message = f"X_target has {rows.shape[1]} features, X has {self.n_features_in_} features"
             raise BadValueError(message, "Hand in the same models' predictions.")
         return rows
-
-    def _fit_affine(self):
-        """Take the affine form where its certified error is small enough, else choose primal."""
-        problem = self.landmarks_, self.centroid_targets_, self.gamma, self.alpha
-        self.predictor_, self.error_ = fit_affine(*problem, self.tol, self.random_state)
-        self.solver_ = "affine" if self.error_ <= self.tol else "primal"
-        if self.solver == "affine" and self.solver_ != "affine":
-            message = f"the affine form's certified error {self.error_:.1g} is above {self.tol:g}"
-            raise ConfigError(message, "Use solver='auto' or 'primal'.")
 
     def _fitted_targets(self):
         return self.landmarks_[len(self.centroid_targets_) :]
