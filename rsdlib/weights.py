@@ -6,6 +6,7 @@ the local hub cache, the hub.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -173,7 +174,7 @@ def find(name, marker, *, fetch=True):
     marker : str
         File that tells a folder of this kind of model.
     fetch : bool
-        False takes paths alone.
+        False takes what is here.
 
     Returns
     -------
@@ -183,9 +184,7 @@ def find(name, marker, *, fetch=True):
     folder = files.resolve_path(name)
     if (folder / marker).is_file():
         return folder
-    if not fetch:
-        return None
-    return locate(name) if name in MODELS else override(name)
+    return locate(name) if fetch and name in MODELS else override(name)
 
 
 def _packaged(spec):
@@ -261,8 +260,6 @@ def seconds_to_wait(answer):
 
 # --- checksums ------------------------------------------------------------------------------------
 
-_checked = set()
-
 
 def require_files(folder, names):
     """Refuse a model's folder that lacks one of its files."""
@@ -276,14 +273,15 @@ def _check(path, expected):
     """Compare a file's SHA-256, once per process and state of the file."""
     require_files(path.parent, [path.name])
     stat = path.stat()
-    state = (str(path), stat.st_size, stat.st_mtime_ns)
-    if state in _checked:
-        return
-    found = sha256(path)
+    found = _known(path, stat.st_size, stat.st_mtime_ns)
     if found != expected:
         message = f"{files.relative(path)} has SHA-256 {found[:12]}…, not {expected[:12]}…"
         raise CheckpointError(message, "It is damaged or another model: fetch it again.")
-    _checked.add(state)
+
+
+@functools.cache
+def _known(path, size, modified):
+    return sha256(path)
 
 
 def sha256(path):

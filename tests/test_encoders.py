@@ -338,7 +338,7 @@ def test_features_are_those_inside_the_whole_unet(diffusion):
     close = {"atol": 1e-5, "rtol": 1e-5}
     with torch.no_grad():
         whole(latents, 0, context)
-        torch.testing.assert_close(encoder.maps(latents, context), inside[0], **close)
+        torch.testing.assert_close(encoder.all_maps(latents, context)[-1], inside[0], **close)
         torch.testing.assert_close(encoder(latents, context), inside[0].mean((2, 3)), **close)
     assert encoder.features == 16
 

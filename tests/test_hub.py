@@ -144,4 +144,5 @@ def test_a_folder_is_found_by_its_path_or_its_name(tmp_path, monkeypatch):
     assert weights.find("own", "config.json") == tmp_path / "own"  # below the project
     assert weights.find("own", "model_index.json") is None
     assert weights.find("other", "config.json") == tmp_path / "given" / "other"
-    assert weights.find("other", "config.json", fetch=False) is None
+    assert weights.find("other", "config.json", fetch=False) == tmp_path / "given" / "other"
+    assert weights.find("stable-diffusion-v1-4", "config.json", fetch=False) is None

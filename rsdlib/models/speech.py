@@ -86,8 +86,7 @@ def open_speech(config, words=()):
     if not names:
         return (), None
     embeddings = torch.from_numpy(embed_cached(names))
-    cosines = config.library == "open_clip"
-    return names, Speech(*classifier, embeddings, cosines)
+    return names, Speech(*classifier, embeddings, cosines=config.library == "open_clip")
 
 
 def _classes(config):
