@@ -203,10 +203,9 @@ class Predictor:
         if logits is not None:
             probabilities = logits.float().sigmoid().cpu().numpy()
         if self.domain is not None:
-            texture = models.texture(pixels.cpu().numpy())
-            distances = self.domain.distance(
-                {"features": features.float().cpu(), "texture": texture}
-            )
+            views = {"features": features.float().cpu()}
+            views["texture"] = models.texture(pixels.cpu().numpy())
+            distances = self.domain.distance(views)
         if self.captioner is not None:
             with data.evaluating(self.captioner.to(self.device)):
                 captions = self.captioner.caption(self._tensor(images, self.captioner.image_size))

@@ -21,8 +21,8 @@ GREY = "#7F7F7F"
 _LEGEND = {"fontsize": 8, "frameon": False}
 
 
-def _axes(ax, width=6.4, height=3.6):
-    ax = ax if ax is not None else Figure((width, height), layout="constrained").add_subplot()
+def _axes(ax, height=3.6):
+    ax = ax if ax is not None else Figure((6.4, height), layout="constrained").add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     ax.set_axisbelow(True)
@@ -228,8 +228,7 @@ def plot_lines(lines, x, *, xlabel, ylabel, ax=None):
     places = np.arange(len(x))
     for number, (name, estimates) in enumerate(lines.items()):
         shift = 0.06 * (number - (len(lines) - 1) / 2)  # so that intervals do not hide each other
-        look = {"fmt": "o-", "markersize": 4, "capsize": 2}
-        ax.errorbar(places + shift, *_bounds(estimates), label=name, **look)
+        ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", ms=4, capsize=2, label=name)
     ax.set_xticks(places, x)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(**_LEGEND)

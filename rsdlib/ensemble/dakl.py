@@ -20,7 +20,7 @@ from rsdlib import runtime
 from rsdlib.data import unit_rows
 from rsdlib.ensemble.affine import fit_affine, k_prime
 from rsdlib.ensemble.neighbours import nearest
-from rsdlib.errors import BadValueError, ConfigError
+from rsdlib.errors import BadValueError, ConfigError, refusing
 
 # --- the kernel -----------------------------------------------------------------------------------
 
@@ -292,10 +292,8 @@ class DAKL(BaseEstimator):
             A parameter is outside its range, or ``solver="affine"`` was asked for where its
             certified error exceeds `tol`.
         """
-        try:
+        with refusing(InvalidParameterError, ConfigError, "{}"):
             self._validate_params()
-        except InvalidParameterError as error:
-            raise ConfigError(str(error)) from error
         k_means = self.centroid_target, self.max_iter, self.random_state
         S, self.centroid_targets_ = cluster(X, Y, self.n_clusters, *k_means)
         self.n_features_in_ = S.shape[1]

@@ -86,9 +86,8 @@ class PromptRegressor(nn.Module):
         """Return what the heads read, one or two blocks (b, p), each regularised on its own."""
         if self.reads == "features":
             return [features]
-        spoken = F.normalize(self.speech(features), dim=1)
-        both = self.reads == "both"
-        return [F.normalize(features.float(), dim=1), spoken] if both else [spoken]
+        both = [F.normalize(block.float(), dim=1) for block in (features, self.speech(features))]
+        return both if self.reads == "both" else both[1:]
 
     def only_speak(self):
         """Become the zero-shot reader: the speech alone answers, nothing has been learnt."""

@@ -29,9 +29,8 @@ class Speech(nn.Module):
     def __init__(self, weight, bias, embeddings, cosines=False):
         super().__init__()
         self.cosines = cosines
-        buffers = {"weight": weight, "bias": bias, "embeddings": embeddings}
-        for name, value in {**buffers, "temperature": torch.ones(())}.items():
-            self.register_buffer(name, value)
+        self.weight, self.bias = nn.Buffer(weight), nn.Buffer(bias)
+        self.embeddings, self.temperature = nn.Buffer(embeddings), nn.Buffer(torch.ones(()))
 
     @classmethod
     def blank(cls, k, p, d=384, cosines=False):

@@ -337,8 +337,7 @@ def distances(maps, originals):
 
 def encoder_parts(unet):
     """Return the names of the modules that make up a U-Net's encoder half."""
-    kept = [(name, part) for name, part in unet.named_children() if name not in DROPPED]
-    return [name for name, part in kept if any(True for _ in part.parameters())]
+    return [n for n, part in unet.named_children() if n not in DROPPED and part.state_dict()]
 
 
 def into_unet(encoder, unet, blend=1.0, parts=("",)):
