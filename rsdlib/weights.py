@@ -82,8 +82,9 @@ def locate(name, *, check=True):
         A file's checksum is not the registered one.
     """
     folder = whereabouts(name)[1] or _fetched(name)
-    for file, expected in MODELS[name].sha256.items() if check else ():
-        _check(folder / file, expected)
+    registered = MODELS[name].sha256 if check else {}
+    require_files(folder, registered)
+    _refuse(name, [file for file, known in registered.items() if _hashed(folder / file) != known])
     return folder
 
 
@@ -152,10 +153,7 @@ def verify(name):
         if verdicts[file] is False and where == "cache":
             stored.unlink()
             path.unlink(missing_ok=True)
-    wrong = [file for file, verdict in verdicts.items() if verdict is False]
-    if wrong:
-        message = f"{name} has other bytes than it should: {', '.join(wrong)}"
-        raise CheckpointError(message, "It is damaged or another model: fetch it again.")
+    _refuse(name, [file for file, verdict in verdicts.items() if verdict is False])
     return list(verdicts.values()).count(True), list(verdicts.values()).count(None)
 
 
@@ -269,14 +267,17 @@ def require_files(folder, names):
             raise ModelNotFoundError(message, "Fetch the model's files again.")
 
 
-def _check(path, expected):
-    """Compare a file's SHA-256, once per process and state of the file."""
-    require_files(path.parent, [path.name])
-    stat = path.stat()
-    found = _known(path, stat.st_size, stat.st_mtime_ns)
-    if found != expected:
-        message = f"{files.relative(path)} has SHA-256 {found[:12]}…, not {expected[:12]}…"
+def _refuse(name, wrong):
+    """Refuse a model if some of its files are wrong."""
+    if wrong:
+        message = f"{name} has other bytes than it should: {', '.join(wrong)}"
         raise CheckpointError(message, "It is damaged or another model: fetch it again.")
+
+
+def _hashed(path):
+    """Return a file's SHA-256, computed once per process and state of the file."""
+    stat = path.stat()
+    return _known(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
