@@ -439,19 +439,6 @@ def test_targets_of_centroids(data):
     centroids, nearest = ensemble.cluster(X, Y, 12)
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1)
     np.testing.assert_allclose(nearest, Y[(centroids @ X.T).argmax(axis=1)])
-    same, means = ensemble.cluster(X, Y, 12, "mean")
-    np.testing.assert_array_equal(same, centroids)
-    members = (X @ centroids.T).argmax(axis=1)
-    np.testing.assert_allclose(
-        means, unit(np.stack([Y[members == c].sum(axis=0) for c in range(12)])), atol=1e-12
-    )
-
-
-def test_members_that_cancel_keep_the_nearest_target():
-    X = np.repeat(np.eye(4)[:2], 2, axis=0) + 0.01 * np.eye(4)
-    Y = np.array([[1.0, 0], [-1, 0], [0, 1], [0, 1]])
-    targets = ensemble.cluster(X, Y, 2, "mean")[1]
-    assert sorted(np.abs(targets).round(6).tolist()) == [[0, 1], [1, 0]]
 
 
 def test_same_seed_same_prediction_k4(data):
@@ -570,7 +557,6 @@ def test_inputs_are_left_as_they_are(data):
         ({"n_clusters": 2.5}, "'n_clusters' .* Got 2.5 "),
         ({"max_iter": 0}, "'max_iter' .* Got 0 "),
         ({"solver": "svd"}, "'solver' .* Got 'svd' "),
-        ({"centroid_target": "median"}, "'centroid_target' .* Got 'median' "),
         ({"random_state": "a"}, "'random_state' .* Got 'a' "),
     ],
 )

@@ -93,8 +93,10 @@ def degrees_of_freedom(S, T, gamma, alphas, r=None, t=None):
 _SMALL = 2**22  # samples x clusters that scikit-learn's careful start handles in about a second
 
 
-def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_state=None):
+def cluster(X, Y, n_clusters, max_iter=25, random_state=None):
     """Return the k-means centroids of the source predictions and a target for each.
+
+    That of the sample nearest to the centroid, as in the authors' code.
 
     Parameters
     ----------
@@ -104,9 +106,6 @@ def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_sta
         Embeddings of their prompts.
     n_clusters : int
         As many as there are samples: the centroids are the samples.
-    centroid_target : {"nearest", "mean"}
-        The target of the sample nearest to the centroid (the authors' code), or the mean direction
-        of its members' targets.
     max_iter, random_state : int
         See `DAKL`.
 
@@ -135,23 +134,7 @@ def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_sta
     # because rounding, and with it the number of threads, must not choose.
     tied = similarity > similarity[:, :1] - 1e-6
     first_tied = np.where(tied, index, len(X)).min(axis=1)
-    targets = Y[first_tied]
-    if centroid_target == "mean":
-        targets = _mean_targets(X, Y, centroids, targets)
-    return centroids, targets
-
-
-def _mean_targets(X, Y, centroids, targets):
-    """Return the mean direction of the members' targets.
-
-    Differs from the paper, which takes the nearest sample's target. A centroid without members, or
-    whose members' targets cancel, keeps that.
-    """
-    own = nearest(X, centroids, 1)[1][:, 0]
-    sums = np.zeros_like(targets)
-    np.add.at(sums, own, Y)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return np.divide(sums, norms, out=targets, where=norms > 1e-9)
+    return centroids, Y[first_tied]
 
 
 def _kmeans(X, n_clusters, max_iter, random_state):
@@ -214,8 +197,6 @@ class DAKL(BaseEstimator):
     gamma, alpha : float
         Width of the kernel and strength of the ridge, both positive. The defaults are the paper's
         gamma and the authors' alpha; choose them on validation, see `search_dakl`.
-    centroid_target : {"nearest", "mean"}
-        See `cluster`.
     solver : {"auto", "affine", "primal"}
         ``"affine"`` replaces k' by its fitted line in the cosine, which closes in d + 1 dimensions;
         ``"primal"`` is exact and streams K', r x r in memory. ``"auto"`` is affine where the error
@@ -251,7 +232,6 @@ class DAKL(BaseEstimator):
     _parameter_constraints: ClassVar = {
         **dict.fromkeys(("n_clusters", "max_iter"), _COUNT),
         **dict.fromkeys(("gamma", "alpha", "tol"), _POSITIVE),
-        "centroid_target": [StrOptions({"nearest", "mean"})],
         "solver": [StrOptions({"auto", "affine", "primal"})],
         "random_state": [Interval(Integral, None, None, closed="neither"), None],
     }
@@ -259,7 +239,6 @@ class DAKL(BaseEstimator):
     n_clusters: int = 10_000
     gamma: float = 1e-3
     alpha: float = 10.0
-    centroid_target: str = "nearest"
     solver: str = "auto"
     tol: float = 1e-4
     max_iter: int = 25
@@ -294,8 +273,8 @@ class DAKL(BaseEstimator):
         """
         with refusing(InvalidParameterError, ConfigError, "{}"):
             self._validate_params()
-        k_means = self.centroid_target, self.max_iter, self.random_state
-        S, self.centroid_targets_ = cluster(X, Y, self.n_clusters, *k_means)
+        k_means = self.n_clusters, self.max_iter, self.random_state
+        S, self.centroid_targets_ = cluster(X, Y, *k_means)
         self.n_features_in_ = S.shape[1]
         self.landmarks_ = np.concatenate([S, self._rows_like_source(X_target)])
         least = least_alpha(len(S), len(self.landmarks_) - len(S), self.tol)

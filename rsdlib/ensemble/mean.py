@@ -244,10 +244,9 @@ def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, n_targets=0, **o
         Every alpha is too small.
     """
     template = DAKL(**options)
-    k_means = template.centroid_target, template.max_iter, template.random_state
     table = []
     for count in n_clusters:
-        centroids, targets = cluster(X, Y, count, *k_means)
+        centroids, targets = cluster(X, Y, count, template.max_iter, template.random_state)
         least = least_alpha(count, max(n_targets, len(X_val)), template.tol)
         for gamma, alpha in product(gammas, [alpha for alpha in alphas if alpha >= least]):
             choice = {"n_clusters": count, "gamma": gamma, "alpha": alpha}
