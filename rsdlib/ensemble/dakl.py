@@ -25,30 +25,20 @@ from rsdlib.errors import BadValueError, ConfigError, refusing
 # --- the kernel -----------------------------------------------------------------------------------
 
 
-def kernel(Z, gamma):
-    """K'_ij = exp(-gamma (1 - K_ij) / 2) with the cosine K_ij = z_i z_j / (|z_i| |z_j|).
+def kernel(rows, Z, gamma):
+    """K'_ij = exp(-gamma (1 - K_ij) / 2) with the cosine K_ij = x_i z_j of unit rows.
 
     Parameters
     ----------
-    Z : array-like (n, d)
+    rows, Z : ndarray (b, d), (n, d)
+        Of unit length.
     gamma : float
 
     Returns
     -------
-    ndarray (n, n), float64
-        Symmetric, with a unit diagonal. `DAKL` never forms it whole.
-
-    Raises
-    ------
-    BadValueError
-        A row is zero or not finite.
+    ndarray (b, n)
+        Of Z with itself, symmetric with a unit diagonal; `DAKL` never forms that whole.
     """
-    Z = unit_rows(Z, "Z")
-    return _between(Z, Z, gamma)
-
-
-def _between(rows, Z, gamma):
-    """Return K' between unit rows (b, d) and (n, d): (b, n)."""
     cosines = rows @ Z.T
     return k_prime(cosines, gamma, out=cosines)
 
@@ -83,7 +73,7 @@ def degrees_of_freedom(S, T, gamma, alphas, r=None, t=None):
     """
     S, T = unit_rows(S, "S"), unit_rows(T, "T")
     copies = np.repeat([(r or len(S)) / len(S), (t or len(T)) / len(T)], [len(S), len(T)])
-    A = _between(S, np.concatenate([S, T]), gamma) * np.sqrt(copies * copies[0])
+    A = kernel(S, np.concatenate([S, T]), gamma) * np.sqrt(copies * copies[0])
     eigenvalues = np.linalg.svd(A, compute_uv=False) ** 2
     return (eigenvalues / (eigenvalues + np.reshape(alphas, (-1, 1)))).sum(axis=1)
 
@@ -318,16 +308,15 @@ class DAKL(BaseEstimator):
         rows = self._rows_like_source(X_target)
         if self.solver_ == "affine":
             # The certificate has a slack of three, and follows the kernel's distance from its line.
-            usual = self.predictor_.residual(self._fitted_targets())
+            usual = self.predictor_.residual(self.landmarks_[len(self.centroid_targets_) :])
             if self.error_ * self.predictor_.residual(rows) > 3 * self.tol * usual:
                 message = "the affine form may err on rows unlike the fit's"
                 raise BadValueError(message, "Fit with solver='primal'.")
-        return self._answer(rows)
+        return unit_rows(self.predictor_(rows), "the prediction").astype(np.float32)
 
     def fit_predict(self, X, Y, X_target):
         """Return ``fit(X, Y, X_target).predict(X_target)``."""
-        self.fit(X, Y, X_target)
-        return self._answer(self._fitted_targets())
+        return self.fit(X, Y, X_target).predict(X_target)
 
     def _rows_like_source(self, values):
         rows = unit_rows(values, "X_target")
@@ -335,12 +324,6 @@ class DAKL(BaseEstimator):
             message = f"X_target has {rows.shape[1]} features, X has {self.n_features_in_} features"
             raise BadValueError(message, "Hand in the same models' predictions.")
         return rows
-
-    def _fitted_targets(self):
-        return self.landmarks_[len(self.centroid_targets_) :]
-
-    def _answer(self, rows):
-        return unit_rows(self.predictor_(rows), "the prediction").astype(np.float32)
 
 
 # --- the exact solver -----------------------------------------------------------------------------
@@ -351,7 +334,7 @@ _BLOCK = 2**24  # values of K' in memory at a time: 128 MiB of float64
 def _stream(rows, Z, gamma, W):
     """Return K'(rows, Z) W, in blocks of rows."""
     blocks = gen_batches(len(rows), max(1, _BLOCK // len(Z)))
-    return np.concatenate([_between(rows[block], Z, gamma) @ W for block in blocks])
+    return np.concatenate([kernel(rows[block], Z, gamma) @ W for block in blocks])
 
 
 def _solve_primal(Z, Y, gamma, alpha):
@@ -362,7 +345,7 @@ def _solve_primal(Z, Y, gamma, alpha):
     S = Z[: len(Y)]
     gram = np.zeros((len(S), len(S)), order="F")
     for block in gen_batches(len(Z), max(1, _BLOCK // len(S))):
-        phi = _between(Z[block], S, gamma).T
+        phi = kernel(Z[block], S, gamma).T
         gram = blas.dsyrk(1.0, phi, beta=1.0, c=gram, lower=True, overwrite_c=True)
     gram[np.diag_indices(len(S))] += alpha
     dual = cho_solve(cho_factor(gram, lower=True, overwrite_a=True), Y)
