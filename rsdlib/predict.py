@@ -177,8 +177,7 @@ class Predictor:
         -------
         Prediction
         """
-        alone = isinstance(images, (str, os.PathLike, Image.Image))
-        images = [images] if alone else list(images)
+        images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
         size = self.model.embedding_head.out_features
         parts = [(np.empty((0, size), np.float32), np.empty((0, len(self.words))), np.empty(0), [])]
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
@@ -243,8 +242,7 @@ def _known_prompts(folder, recipe):
         pairs = pd.read_parquet(prepared / "pairs.parquet", columns=["prompt", "split"])
         embeddings = files.open_rows(prepared / "targets.npy")
     except (OSError, CacheError):
-        missing = f"the training prompts of {folder.name} are not here: no nearest prompts"
-        runtime.log(f"{missing} (rsd run 00_prepare_data brings them)")
+        runtime.log(f"{folder.name}: no training prompts (rsd run 00_prepare_data brings them)")
         return None
     train = pairs[pairs["split"] == "train"].drop_duplicates("prompt")
     return train["prompt"].tolist(), embeddings[train.index.to_numpy()]
@@ -265,9 +263,6 @@ def _top(probabilities, words, n):
     return [(words[i], float(probabilities[i])) for i in order]
 
 
-PREFERRED = ("desk", "mini")  # real pictures come first
-
-
 def best_run(profile=None, captions=False):
     """Return a profile's finished run with the best validation score on the newest of its data.
 
@@ -277,7 +272,7 @@ def best_run(profile=None, captions=False):
     Parameters
     ----------
     profile : str, optional
-        Default: the first of `PREFERRED` that has one.
+        Default: desk, which knows real pictures, or else mini.
     captions : bool
 
     Returns
@@ -289,7 +284,7 @@ def best_run(profile=None, captions=False):
     CacheError
         There is none yet.
     """
-    profiles = PREFERRED if profile is None else (profile,)
+    profiles = ("desk", "mini") if profile is None else (profile,)
     for name in profiles:
         runs = pd.DataFrame(_finished(files.root() / "runs" / name, captions))
         if len(runs):

@@ -481,5 +481,5 @@ def test_hardness_belongs_to_the_rows_asked_for():
 
 
 def test_rows_without_difficulty_are_named():
-    with pytest.raises(BadValueError, match=r"training rows have no difficulty.*60"):
+    with pytest.raises(BadValueError, match=r"rows without difficulty.*60"):
         training.hardness_of(np.array([3, 60, 61]), history(np.arange(50)))

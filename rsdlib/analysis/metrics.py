@@ -137,8 +137,7 @@ def _by_prompt(values, groups):
     """Return each prompt's mean by training (s, g); a value without groups is its own prompt."""
     values = np.asarray(values, np.float64)
     if values.ndim not in (1, 2) or not values.size:
-        fix = "Hand in one number per item, at least one, or one row of them per training."
-        raise BadValueError(f"values of shape {values.shape} cannot be averaged", fix)
+        raise BadValueError(f"shape {values.shape} cannot be averaged", "Hand in one per item.")
     values = np.atleast_2d(values)
     finite = np.isfinite(values).all(axis=0)
     if not finite.all():

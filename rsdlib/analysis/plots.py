@@ -280,7 +280,7 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
     -------
     Figure
     """
-    texts = [_wrapped(caption, wrap) for caption in captions]
+    texts = ["\n".join(textwrap.fill(line, wrap) for line in c.split("\n")) for c in captions]
     rows = [texts[start : start + columns] for start in range(0, len(texts), columns)]
     lines = sum(max(text.count("\n") + 2 for text in row) for row in rows)
     height = len(rows) * width / columns + lines * size * 1.25 / 72
@@ -291,8 +291,3 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
         ax.imshow(pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels)
         ax.set_xlabel(text, loc="left", multialignment="left", fontsize=size)
     return figure
-
-
-def _wrapped(text, width):
-    """Return the text with its long lines wrapped and its line breaks and empty lines kept."""
-    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))

@@ -61,12 +61,10 @@ class Scores:
 
     def table(self, baselines):
         """Return one row per method: its scores, and its gain over each baseline."""
-        rows = []
-        for method in self.predictions:
-            row = {"method": method, **self.score(method)}
-            if method not in baselines:
-                row |= {f"gain over {name}": self.gain(method, name) for name in baselines}
-            rows.append(row)
+        rows = [{"method": method, **self.score(method)} for method in self.predictions]
+        for row in rows:
+            if row["method"] not in baselines:
+                row |= {f"gain over {name}": self.gain(row["method"], name) for name in baselines}
         return rows
 
 
@@ -145,8 +143,7 @@ def ensemble_tables(predictions, val, test):
 def _by_training(predictions):
     """Return for each training the models' predictions."""
     several = {model: metrics.each_training(pred) for model, pred in predictions.items()}
-    unequal = "the models' trainings are not equally many: {}"
-    with refusing(ValueError, BadValueError, unequal):
+    with refusing(ValueError, BadValueError, "the models' trainings are not equally many: {}"):
         return [dict(zip(several, one, strict=True)) for one in zip(*several.values(), strict=True)]
 
 
@@ -172,8 +169,7 @@ def swap_table(measured, groups, original=("original", "never")):
     for place, kinds in measured.items():
         for kind, values in kinds.items():
             applies = ~np.isnan(np.atleast_2d(values)).any(axis=0)
-            row = {"encoder": place[0], "swap after": place[1], "of": kind}
-            row["n"] = int(applies.sum())
+            row = {"encoder": place[0], "swap after": place[1], "of": kind, "n": int(applies.sum())}
             if applies.any():
                 now, those = values[..., applies], groups[applies]
                 row |= asdict(metrics.bootstrap_ci(now, groups=those))

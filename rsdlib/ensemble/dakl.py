@@ -113,8 +113,7 @@ def cluster(X, Y, n_clusters, max_iter=25, random_state=None):
     if len(X) != len(Y):
         raise BadValueError(f"X has {len(X)} rows, Y has {len(Y)}", "Hand in one target for each.")
     if n_clusters > len(X):
-        message = f"n_clusters = {n_clusters}, but there are {len(X)} samples"
-        raise BadValueError(message, f"Use n_clusters={len(X)} or fewer.")
+        raise BadValueError(f"n_clusters = {n_clusters}, but there are {len(X)} rows", "Use fewer.")
     if n_clusters == len(X):
         return X, Y
     centres = _kmeans(X.astype(np.float32), n_clusters, max_iter, random_state)

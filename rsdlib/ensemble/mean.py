@@ -62,8 +62,7 @@ def _in_order(weights, names):
         raise BadValueError(message, "Hand in one per model, by name where models have names.")
     weights = np.array([named[name] for name in names], np.float64)
     if not (weights.min() >= 0 and 0 < weights.sum() < np.inf):
-        fix = "They must be finite, not negative, and not all zero."
-        raise BadValueError(f"weights {weights.tolist()} are not usable", fix)
+        raise BadValueError(f"weights {weights} are not usable", "Use finite ones from 0 on.")
     return weights
 
 
@@ -99,7 +98,7 @@ def subsets(names):
 
     Parameters
     ----------
-    names : iterable of str
+    names : sequence of str
         ``"CUSV"`` gives C, U, S, V, CU, CS, CV, US, UV, SV, CUS, CUV, CSV, USV, CUSV.
 
     Returns
@@ -107,8 +106,7 @@ def subsets(names):
     list of tuple of str
         Smallest first.
     """
-    names = list(names)
-    return [group for size in range(1, len(names) + 1) for group in combinations(names, size)]
+    return [group for size in range(len(names)) for group in combinations(names, size + 1)]
 
 
 # --- choices on validation ------------------------------------------------------------------------

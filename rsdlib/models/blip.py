@@ -51,8 +51,7 @@ class Captioner(nn.Module):
 
         Those of the next token (b, l, v), and of the vocabulary (b, m) or None.
         """
-        read = (tokens != self.pad).long()
-        output = self.blip(self.normalised(images), tokens, read)
+        output = self.blip(self.normalised(images), tokens, (tokens != self.pad).long())
         states, head = output.image_embeds, self.vocabulary_head  # (b, 1 + places, p)
         return output.logits, None if head is None else head(states[:, 0])
 

@@ -143,11 +143,10 @@ def open_timm(config, pretrained, *, classes=False):
     timm = runtime.require("timm")
     options = as_dict(config.options) | ({} if classes else {"num_classes": 0})
     spec = weights.MODELS.get(config.model)
-    if spec is None or not spec.checkpoint:
-        name = _name(config, _TIMM, pretrained)
-        with _naming(config):
-            return timm.create_model(name, pretrained=pretrained, **options)
     with _naming(config):
+        if spec is None or not spec.checkpoint:
+            name = _name(config, _TIMM, pretrained)
+            return timm.create_model(name, pretrained=pretrained, **options)
         body = timm.create_model(config.model)
     if pretrained:
         load_in_order(body, weights.locate(config.model) / spec.checkpoint)
@@ -173,8 +172,7 @@ def load_in_order(model, path):
     where, fix = files.relative(path), "It is damaged or another model: fetch it again."
     with refusing(Exception, CheckpointError, f"{where} is not the model's: {{}}", fix):
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        named = zip(model.state_dict(), stored.values(), strict=True)
-        model.load_state_dict(dict(named))
+        model.load_state_dict(dict(zip(model.state_dict(), stored.values(), strict=True)))
 
 
 def _open_clip(config, pretrained):
@@ -232,9 +230,8 @@ def _clip(config, pretrained):
     open_clip = runtime.require("open_clip", "open_clip_torch")
     options = {n: v for n, v in as_dict(config.options).items() if n not in ("mlp", "dropout")}
     options |= {"load_weights": pretrained, "require_pretrained": pretrained}
-    name = _name(config, _CLIP, pretrained)
     with _naming(config):
-        return open_clip.create_model(name, **options)
+        return open_clip.create_model(_name(config, _CLIP, pretrained), **options)
 
 
 def _image_tower(clip, config):

@@ -7,8 +7,6 @@ from rsdlib import files, runtime, weights
 from rsdlib.errors import BadTableError, refusing
 from rsdlib.models.encoders import no_model
 
-HOW = ("prompt", "seed", "step", "cfg")  # DiffusionDB's columns that say how an image was sampled
-
 
 def pipeline_folder(name):
     """Return the folder of a pipeline in diffusers' format: a path, or a name in `weights`."""
@@ -156,7 +154,7 @@ def sample_rows(pipe, pairs):
     """
     untold = "the table does not say how its images were sampled: {}"
     with refusing(KeyError, BadTableError, untold, "Use DiffusionDB's columns."):
-        rows = pairs[list(HOW)].reset_index(drop=True)
+        rows = pairs[["prompt", "seed", "step", "cfg"]].reset_index(drop=True)
     images, places = [], []
     for (steps, guidance), group in rows.groupby(["step", "cfg"]):
         images.append(sample(pipe, group["prompt"], group["seed"], int(steps), float(guidance)))

@@ -116,8 +116,7 @@ def _check_conditions(unet, context):
     others = ("class_embedding", "add_embedding", "encoder_hid_proj")
     extra = [name for name in others if getattr(unet, name, None) is not None]
     if extra:
-        message = f"this U-Net is also conditioned by {', '.join(extra)}"
-        raise ConfigError(message, "Use one that reads a prompt alone.")
+        raise ConfigError(f"this U-Net also has {', '.join(extra)}", "Use one without it.")
     width, reads = context.shape[-1], unet.config.cross_attention_dim
     if width != reads:
         message = f"the text context has {width} numbers a token, the U-Net reads {reads}"

@@ -83,8 +83,7 @@ def stages(hardness, k=3):
     """
     hardness = np.asarray(hardness)
     if not 1 <= k <= len(hardness):
-        message = f"{k} stages do not fit {len(hardness)} pairs"
-        raise BadValueError(message, "Use at least one stage and at most one per pair.")
+        raise BadValueError(f"{k} stages do not fit {len(hardness)} pairs", "Use 1 to one a pair.")
     order = np.argsort(hardness, kind="stable")
     return [order[: math.ceil(len(order) * i / k)] for i in range(1, k + 1)]
 
@@ -228,8 +227,7 @@ class CBS(Callback):
         """Attach the blur to the model's feature maps."""
         places = feature_maps(getattr(state.model, "backbone", state.model))
         if not places:
-            message = "this model has no feature maps that CBS could smooth"
-            raise ConfigError(message, "Use another curriculum.")
+            raise ConfigError("this model has no feature maps to smooth", "Use another curriculum.")
         for module, layout in places.items():
             hook = functools.partial(self._blur, layout)
             self._hooks.append(module.register_forward_hook(hook))
@@ -355,6 +353,5 @@ def regime(config, rows, epochs, history=None):
 def hardness_of(rows, history):
     """Return the difficulty (n,) that a run's ``difficulty.parquet`` knows of `rows`."""
     known, hardness = run_difficulty(history)
-    unknown = "training rows have no difficulty: {}"
-    with refusing(KeyError, BadValueError, unknown, "Train without first."):
+    with refusing(KeyError, BadValueError, "rows without difficulty: {}", "Train without first."):
         return pd.Series(hardness, known).loc[rows].to_numpy()
