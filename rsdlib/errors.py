@@ -46,10 +46,8 @@ class BadImageError(RsdError):
     """
 
     def __init__(self, id, part, reason):
-        super().__init__(
-            f"image {id!r} in {part}: {reason}",
-            "Remove it, or read with on_bad='skip' to leave it out and count it.",
-        )
+        fix = "Remove it, or read with on_bad='skip' to leave it out and count it."
+        super().__init__(f"image {id!r} in {part}: {reason}", fix)
         self.id, self.part, self.reason = str(id), str(part), reason
 
     def __reduce__(self):  # a process pool sends errors home by their arguments

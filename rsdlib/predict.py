@@ -1,5 +1,6 @@
 """Use what was trained: an image in; its prompt's embedding, words and nearest prompts out."""
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -67,21 +68,20 @@ class Prediction:
         images : sequence of str (n)
             Names of the images.
         """
-        rows = {"image": [str(image) for image in images]}
-        if self.captions is not None:
-            rows["caption"] = self.captions
-        rows["words"] = [
-            "; ".join(f"{word} {probability:.3f}" for word, probability in words)
-            for words in self.words
-        ]
+        said = [[f"{word} {share:.3f}" for word, share in words] for words in self.words]
         nearest = [prompts[0] if prompts else ("", np.nan) for prompts in self.prompts]
-        rows["nearest_prompt"] = [prompt for prompt, _ in nearest]
-        rows["similarity"] = [similarity for _, similarity in nearest]
-        if self.distances is not None:
-            rows["in_domain"] = self.in_domain
-        return pd.DataFrame(rows)
+        columns = {
+            "image": list(map(str, images)),
+            "caption": self.captions,
+            "words": list(map("; ".join, said)),
+            "nearest_prompt": [prompt for prompt, _ in nearest],
+            "similarity": [similarity for _, similarity in nearest],
+            "in_domain": self.in_domain,
+        }
+        return pd.DataFrame({name: c for name, c in columns.items() if c is not None})
 
 
+@dataclass
 class Predictor:
     """A trained run, ready for images. Use `Predictor.load`.
 
@@ -90,28 +90,22 @@ class Predictor:
     model : rsdlib.models.PromptRegressor
     words : sequence of str
         The vocabulary, in the order of the model's logits.
-    bank : list of str or None
-        Known prompts, in the order of `bank_embeddings`.
-    bank_embeddings : ndarray (n, d) or None
+    bank : (list of str (n), ndarray (n, d)) or None
+        Known prompts and their embeddings.
     device : str
     captioner : rsdlib.models.Captioner or None
     domain : rsdlib.models.Domain or None
     """
 
-    def __init__(
-        self,
-        model,
-        words=(),
-        bank=None,
-        bank_embeddings=None,
-        device="auto",
-        captioner=None,
-        domain=None,
-    ):
-        self.device = runtime.device(device)
-        self.model, self.words = model, tuple(words)
-        self.bank, self.bank_embeddings = bank, bank_embeddings
-        self.captioner, self.domain = captioner, domain
+    model: object
+    words: tuple = ()
+    bank: tuple | None = None
+    device: str = "auto"
+    captioner: object = None
+    domain: models.Domain | None = None
+
+    def __post_init__(self):
+        self.device = runtime.device(self.device)
 
     @classmethod
     def load(cls, folder, device="auto", captioner=None, encoder=None, bank=None):
@@ -139,13 +133,10 @@ class Predictor:
         model, recipe = _open(folder, captions=False, encoder=encoder)
         if captioner is not None:
             captioner, _ = _open(files.resolve_path(captioner), captions=True)
-        if bank is None:
-            prompts, embeddings = _known_prompts(folder, recipe)
-        else:
-            prompts, embeddings = cls._bank(bank, device)
+        bank = _known_prompts(folder, recipe) if bank is None else _embedded(bank, device)
         known = folder / experiment.DOMAIN
         domain = models.Domain.load(known) if known.exists() else None
-        return cls(model, recipe.words, prompts, embeddings, device, captioner, domain)
+        return cls(model, recipe.words, bank, device, captioner, domain)
 
     @classmethod
     def untrained(cls, backbone, bank=None, device="auto"):
@@ -170,16 +161,7 @@ class Predictor:
         how = {"speech": speech, "reads": "spoken", "named": True}
         model = models.PromptRegressor(models.create(backbone), "separate", len(names), **how)
         model.only_speak()
-        prompts, embeddings = cls._bank(bank, device)
-        return cls(model, experiment.first_names(names), prompts, embeddings, device)
-
-    @staticmethod
-    def _bank(path, device):
-        """Return the prompts of a file and their embeddings, or None twice."""
-        if path is None:
-            return None, None
-        prompts = data.load_prompts(path)
-        return prompts, data.embed_cached(prompts, device=runtime.device(device))
+        return cls(model, experiment.first_names(names), bank and _embedded(bank, device), device)
 
     def predict(self, images, n_words=8, n_prompts=5, batch_size=64):
         """Predict from images.
@@ -195,53 +177,38 @@ class Predictor:
         -------
         Prediction
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)):
-            images = [images]
-        images = list(images)
-        m = len(self.words)
-        embeddings = [np.empty((0, self.model.embedding_head.out_features), np.float32)]
-        probabilities = [np.empty((0, m), np.float32)]
-        captions = None if self.captioner is None else []
-        distances = [np.empty(0)]
+        images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
+        size = self.model.embedding_head.out_features
+        parts = [(np.empty((0, size), np.float32), np.empty((0, len(self.words))), np.empty(0), [])]
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
-            chunk = [_opened(image) for image in images[start : start + batch_size]]
-            embedding, logits, distance = self._read(chunk)
-            embeddings.append(embedding.cpu().numpy())
-            distances.append(distance)
-            if m:
-                probabilities.append(logits.float().sigmoid().cpu().numpy())
-            if captions is not None:
-                captions += self._caption(chunk)
-        embeddings = np.concatenate(embeddings)
-        words = [_top(row, self.words, n_words) for row in np.concatenate(probabilities)]
+            opened = [_opened(image) for image in images[start : start + batch_size]]
+            parts.append(self._read(opened))
+        *arrays, captions = zip(*parts, strict=True)
+        embeddings, probabilities, distances = map(np.concatenate, arrays)
+        words = [_top(row, self.words, n_words) for row in probabilities]
         prompts = self._nearest(embeddings, n_prompts)
-        if not m:
-            words = [[] for _ in images]
-        distances = None if self.domain is None else np.concatenate(distances)
+        captions = None if self.captioner is None else list(itertools.chain(*captions))
+        distances = None if self.domain is None else distances
         return Prediction(embeddings, words, prompts, captions, distances)
 
     def _read(self, images):
-        """Return embeddings (b, d), vocabulary logits (b, m) and distances (b,) of PIL images."""
-        encoder = self.model.backbone
-        front = getattr(encoder, "front", None)
+        """Return of PIL images the embeddings, words' probabilities, distances and captions."""
+        encoder, front = self.model.backbone, getattr(self.model.backbone, "front", None)
+        pixels = self._tensor(images, encoder.image_size)
+        probabilities, distances, captions = np.empty((len(images), 0)), (), []
         with data.evaluating(self.model.to(self.device)):
-            pixels = batch = self._tensor(images, encoder.image_size)
-            if front is not None:
-                with data.evaluating(front.to(self.device)):
-                    batch = front(batch)
-            features = encoder(batch)
+            features = encoder(pixels if front is None else front.to(self.device).eval()(pixels))
             embedding, logits = self.model.heads(features)
-        if self.domain is None:
-            return embedding, logits, ()
-        views = {
-            "features": features.float().cpu(),
-            "texture": models.texture(pixels.cpu().numpy()),
-        }
-        return embedding, logits, self.domain.distance(views)
-
-    def _caption(self, images):
-        with data.evaluating(self.captioner.to(self.device)):
-            return self.captioner.caption(self._tensor(images, self.captioner.image_size))
+        if logits is not None:
+            probabilities = logits.float().sigmoid().cpu().numpy()
+        if self.domain is not None:
+            views = {"features": features.float().cpu()}
+            views["texture"] = models.texture(pixels.cpu().numpy())
+            distances = self.domain.distance(views)
+        if self.captioner is not None:
+            with data.evaluating(self.captioner.to(self.device)):
+                captions = self.captioner.caption(self._tensor(images, self.captioner.image_size))
+        return embedding.cpu().numpy(), probabilities, distances, captions
 
     def _tensor(self, images, size):
         import torch
@@ -252,28 +219,31 @@ class Predictor:
     def _nearest(self, embeddings, n_prompts):
         if not (self.bank and n_prompts and len(embeddings)):
             return [[] for _ in embeddings]
-        k = min(n_prompts, len(self.bank))
-        similarity, index = ensemble.nearest(embeddings, self.bank_embeddings, k)
-        return [
-            [(self.bank[i], float(s)) for i, s in zip(where, near, strict=True)]
-            for where, near in zip(index, similarity, strict=True)
-        ]
+        prompts, known = self.bank
+        near = ensemble.nearest(embeddings, known, min(n_prompts, len(prompts)))
+        pairs = [zip(*both, strict=True) for both in zip(*near, strict=True)]
+        return [[(prompts[i], float(similarity)) for similarity, i in some] for some in pairs]
 
 
 def _opened(image):
     return image.convert("RGB") if isinstance(image, Image.Image) else data.open_image(image)
 
 
+def _embedded(path, device):
+    """Return the prompts of a file and their embeddings."""
+    prompts = data.load_prompts(path)
+    return prompts, data.embed_cached(prompts, device=runtime.device(device))
+
+
 def _known_prompts(folder, recipe):
-    """Return the distinct training prompts of a run and their embeddings, or None twice."""
+    """Return the distinct training prompts of a run and their embeddings, or None."""
     prepared = files.cache_dir() / "prepared" / recipe.prepared
     try:
         pairs = pd.read_parquet(prepared / "pairs.parquet", columns=["prompt", "split"])
         embeddings = files.open_rows(prepared / "targets.npy")
     except (OSError, CacheError):
-        missing = f"the training prompts of {folder.name} are not here: no nearest prompts"
-        runtime.log(f"{missing} (rsd run 00_prepare_data brings them)")
-        return None, None
+        runtime.log(f"{folder.name}: no training prompts (rsd run 00_prepare_data brings them)")
+        return None
     train = pairs[pairs["split"] == "train"].drop_duplicates("prompt")
     return train["prompt"].tolist(), embeddings[train.index.to_numpy()]
 
@@ -293,9 +263,6 @@ def _top(probabilities, words, n):
     return [(words[i], float(probabilities[i])) for i in order]
 
 
-PREFERRED = ("desk", "mini")  # real pictures come first
-
-
 def best_run(profile=None, captions=False):
     """Return a profile's finished run with the best validation score on the newest of its data.
 
@@ -305,7 +272,7 @@ def best_run(profile=None, captions=False):
     Parameters
     ----------
     profile : str, optional
-        Default: the first of `PREFERRED` that has one.
+        Default: desk, which knows real pictures, or else mini.
     captions : bool
 
     Returns
@@ -317,20 +284,20 @@ def best_run(profile=None, captions=False):
     CacheError
         There is none yet.
     """
-    profiles = PREFERRED if profile is None else (profile,)
+    profiles = ("desk", "mini") if profile is None else (profile,)
     for name in profiles:
-        best = _best(files.root() / "runs" / name, captions)
-        if best is not None:
-            return best
+        runs = pd.DataFrame(_finished(files.root() / "runs" / name, captions))
+        if len(runs):
+            runs["newest"] = runs.groupby("data")["made"].transform("max")
+            return runs.sort_values(["newest", "words", "score"])["folder"].iloc[-1]
     what = "no captioner" if captions else "nothing"
     notebook = "08_captioning" if captions else "01_train_vit"
     message = f"{what} is trained yet below {' or '.join(f'runs/{name}' for name in profiles)}"
     raise CacheError(message, f"Run: rsd run {notebook}")
 
 
-def _best(folder, captions):
-    """Return the best of a profile's runs of a kind on its newest data, None if there is none."""
-    ranked, newest = [], {}
+def _finished(folder, captions):
+    """Yield what is to be known of a profile's runs of a kind to choose among them."""
     for path in sorted(folder.glob("*/difficulty.parquet")):
         try:
             recipe = experiment.Recipe.load(path.parent)
@@ -339,9 +306,5 @@ def _best(folder, captions):
             continue
         if recipe.captions == captions and recipe.backbone.library != "own":
             score = training.load_run(path.parent).metrics["val_similarity"].max()
-            says = not captions and bool(recipe.words)
-            ranked.append((recipe.prepared, says, score, path.parent))
-            made = path.stat().st_mtime
-            newest[recipe.prepared] = max(made, newest.get(recipe.prepared, made))
-    best = max(ranked, key=lambda run: (newest[run[0]], *run[1:]), default=(None,))
-    return best[-1]
+            run = {"folder": path.parent, "data": recipe.prepared, "made": path.stat().st_mtime}
+            yield run | {"words": bool(recipe.words) and not captions, "score": score}

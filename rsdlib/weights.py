@@ -6,6 +6,7 @@ the local hub cache, the hub.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -81,8 +82,9 @@ def locate(name, *, check=True):
         A file's checksum is not the registered one.
     """
     folder = whereabouts(name)[1] or _fetched(name)
-    for file, expected in MODELS[name].sha256.items() if check else ():
-        _check(folder / file, expected)
+    registered = MODELS[name].sha256 if check else {}
+    require_files(folder, registered)
+    _refuse(name, [file for file, known in registered.items() if _hashed(folder / file) != known])
     return folder
 
 
@@ -151,10 +153,7 @@ def verify(name):
         if verdicts[file] is False and where == "cache":
             stored.unlink()
             path.unlink(missing_ok=True)
-    wrong = [file for file, verdict in verdicts.items() if verdict is False]
-    if wrong:
-        message = f"{name} has other bytes than it should: {', '.join(wrong)}"
-        raise CheckpointError(message, "It is damaged or another model: fetch it again.")
+    _refuse(name, [file for file, verdict in verdicts.items() if verdict is False])
     return list(verdicts.values()).count(True), list(verdicts.values()).count(None)
 
 
@@ -173,7 +172,7 @@ def find(name, marker, *, fetch=True):
     marker : str
         File that tells a folder of this kind of model.
     fetch : bool
-        False takes paths alone.
+        False takes what is here.
 
     Returns
     -------
@@ -183,9 +182,7 @@ def find(name, marker, *, fetch=True):
     folder = files.resolve_path(name)
     if (folder / marker).is_file():
         return folder
-    if not fetch:
-        return None
-    return locate(name) if name in MODELS else override(name)
+    return locate(name) if fetch and name in MODELS else override(name)
 
 
 def _packaged(spec):
@@ -261,8 +258,6 @@ def seconds_to_wait(answer):
 
 # --- checksums ------------------------------------------------------------------------------------
 
-_checked = set()
-
 
 def require_files(folder, names):
     """Refuse a model's folder that lacks one of its files."""
@@ -272,18 +267,22 @@ def require_files(folder, names):
             raise ModelNotFoundError(message, "Fetch the model's files again.")
 
 
-def _check(path, expected):
-    """Compare a file's SHA-256, once per process and state of the file."""
-    require_files(path.parent, [path.name])
-    stat = path.stat()
-    state = (str(path), stat.st_size, stat.st_mtime_ns)
-    if state in _checked:
-        return
-    found = sha256(path)
-    if found != expected:
-        message = f"{files.relative(path)} has SHA-256 {found[:12]}…, not {expected[:12]}…"
+def _refuse(name, wrong):
+    """Refuse a model if some of its files are wrong."""
+    if wrong:
+        message = f"{name} has other bytes than it should: {', '.join(wrong)}"
         raise CheckpointError(message, "It is damaged or another model: fetch it again.")
-    _checked.add(state)
+
+
+def _hashed(path):
+    """Return a file's SHA-256, computed once per process and state of the file."""
+    stat = path.stat()
+    return _known(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _known(path, size, modified):
+    return sha256(path)
 
 
 def sha256(path):

@@ -88,7 +88,7 @@ def test_weights_must_be_usable(models, weights):
 def test_broken_predictions_are_named(models):
     with pytest.raises(BadValueError, match="one or more models"):
         ensemble.mean({})
-    with pytest.raises(BadValueError, match="shapes"):
+    with pytest.raises(BadValueError, match="same shape"):
         ensemble.mean([models["C"], models["S"][:-1]])
     for value, reason in ((np.nan, "not finite"), (0, "zero")):
         broken = models["S"].copy()

@@ -128,7 +128,7 @@ def test_models_come_from_the_hub_and_then_from_the_cache_if_they_are_right(repo
     wrong = {VIT: {"model.safetensors": "0" * 64}}
     again = load(endpoint, tmp_path, wanted[:5], wrong)  # nobody answers there any more
     assert "CheckpointError" in again[VIT]
-    assert "model.safetensors has SHA-256" in again[VIT]
+    assert "other bytes than it should: model.safetensors" in again[VIT]
     assert again | {VIT: first[VIT]} == first
 
 
@@ -144,4 +144,5 @@ def test_a_folder_is_found_by_its_path_or_its_name(tmp_path, monkeypatch):
     assert weights.find("own", "config.json") == tmp_path / "own"  # below the project
     assert weights.find("own", "model_index.json") is None
     assert weights.find("other", "config.json") == tmp_path / "given" / "other"
-    assert weights.find("other", "config.json", fetch=False) is None
+    assert weights.find("other", "config.json", fetch=False) == tmp_path / "given" / "other"
+    assert weights.find("stable-diffusion-v1-4", "config.json", fetch=False) is None

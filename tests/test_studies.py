@@ -110,7 +110,7 @@ def test_each_training_of_an_ensemble_is_of_its_members_training():
     assert [row["cosine"]["trainings"] for row in equal] == [2, 2, 2]
     assert equal[-1]["gain over it"] == test.gain("AB", equal[-1]["best member"])
     predictions["test"]["b"] = predictions["test"]["b"][:1]
-    with pytest.raises(BadValueError, match="equally many"):
+    with pytest.raises(BadValueError, match="not equally many"):
         analysis.ensemble_tables(predictions, val, test)
 
 

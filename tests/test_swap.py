@@ -111,11 +111,9 @@ def test_one_and_one_point_zero_are_opposites():
     assert switch_step(1.0, 50) == 50
     assert switch_step(0, 50) == switch_step(0.0, 50) == 0
     assert switch_step(0.1, 50) == switch_step(np.float32(0.1), 50) == switch_step(np.int64(5), 50)
-    for start in (-1, -0.1, 1.5, float("nan")):
+    for start in (-1, -0.1, 1.5, 51, float("nan")):
         with pytest.raises(BadValueError, match="is no step"):
             switch_step(start, 50)
-    with pytest.raises(BadValueError, match="after step 51, but there are 50 steps"):
-        switch_step(51, 50)
 
 
 # What is swapped
@@ -131,9 +129,8 @@ def test_pipeline_handed_in_is_never_changed_and_shares_what_it_can(pipe, encode
     np.testing.assert_array_equal(sample(pipe), plain)
     assert swapped.vae is pipe.vae
     assert swapped.text_encoder is pipe.text_encoder
-    new, old = swapped.unet.then, swapped.unet.first
-    assert old is unet
-    own = {p.data_ptr() for p in new.parameters()} - {p.data_ptr() for p in old.parameters()}
+    own, old = ({p.data_ptr() for p in net.parameters()} for net in (swapped.unet, unet))
+    own -= old
     assert len(own) == len(list(encoder.parameters()))
 
 
@@ -155,7 +152,7 @@ def test_settings_out_of_range_are_named(pipe, encoder, start, blend, words):
 
 
 def test_swap_after_the_last_step_is_refused(pipe, encoder):
-    with pytest.raises(BadValueError, match="after step 7, but there are 6 steps"):
+    with pytest.raises(BadValueError, match=r"start_step = 7 .* number up to 6"):
         sample(swap_encoder(pipe, encoder, 7))
 
 
@@ -248,5 +245,5 @@ def test_rows_are_sampled_as_they_say(pipe):
     for image, row in zip(images, rows.itertuples(), strict=True):
         alone = models.sample(pipe, [row.prompt], [row.seed], row.step, row.cfg)[0]
         assert np.abs(image.astype(int) - alone).max() <= 1
-    with pytest.raises(BadTableError, match="no step, cfg"):
+    with pytest.raises(BadTableError, match=r"step.*cfg"):
         models.sample_rows(pipe, rows[["prompt", "seed"]])

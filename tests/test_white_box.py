@@ -109,7 +109,7 @@ def test_pictures_are_shown_to_the_captioner_at_its_own_size(folders, encoder):
     seen = []
     captioner = encoder.front.captioner
     hook = captioner.blip.vision_model.register_forward_pre_hook(
-        lambda _, pixels: seen.append(pixels[0].shape[-1])
+        lambda _, __, given: seen.append(given["pixel_values"].shape[-1]), with_kwargs=True
     )
     with torch.no_grad():
         encoder.front(large)

@@ -4,7 +4,6 @@ from rsdlib.analysis import tables
 from rsdlib.analysis.metrics import (
     Comparison,
     Estimate,
-    Retrieval,
     bootstrap_ci,
     clipscore,
     cosine,
@@ -24,5 +23,4 @@ from rsdlib.analysis.plots import (
     plot_scores,
     save_figure,
 )
-from rsdlib.analysis.scores import Scores, as_table
-from rsdlib.analysis.studies import ensemble_tables, rivals, swap_table
+from rsdlib.analysis.scores import Scores, as_table, ensemble_tables, rivals, swap_table

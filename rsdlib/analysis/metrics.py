@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
+from scipy.stats import hmean
 
 from rsdlib.data import cosine, unit_rows
-from rsdlib.errors import BadValueError
+from rsdlib.errors import BadValueError, refusing
 from rsdlib.runtime import rng
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -47,12 +48,10 @@ def ref_clipscore(image, caption, references, w=2.5):
     ndarray (n,)
         0 where either part is 0.
     """
-    score, references = clipscore(image, caption, w), np.asarray(references, np.float64)
+    references = np.asarray(references)
     references = references[:, None] if references.ndim == 2 else references  # (n, r, d)
-    cosines = [cosine(caption, references[:, r]) for r in range(references.shape[1])]
-    nearest = np.maximum(np.max(cosines, axis=0), 0)
-    total = score + nearest
-    return np.divide(2 * score * nearest, total, out=np.zeros_like(total), where=total > 0)
+    cosines = [cosine(caption, several) for several in references.swapaxes(0, 1)]
+    return hmean([clipscore(image, caption, w), np.max(cosines, axis=0).clip(0)])
 
 
 # --- how sure -------------------------------------------------------------------------------------
@@ -138,19 +137,16 @@ def _by_prompt(values, groups):
     """Return each prompt's mean by training (s, g); a value without groups is its own prompt."""
     values = np.asarray(values, np.float64)
     if values.ndim not in (1, 2) or not values.size:
-        fix = "Hand in one number per item, at least one, or one row of them per training."
-        raise BadValueError(f"values of shape {values.shape} cannot be averaged", fix)
+        raise BadValueError(f"shape {values.shape} cannot be averaged", "Hand in one per item.")
     values = np.atleast_2d(values)
     finite = np.isfinite(values).all(axis=0)
     if not finite.all():
         raise BadValueError(f"value {int(np.argmin(finite))} is not finite")
     if groups is None:
         return values
-    if len(groups) != values.shape[1]:
-        message = f"{len(groups)} groups for {values.shape[1]} values"
-        raise BadValueError(message, "Hand in one group per value.")
     inverse = np.unique(np.asarray(groups), return_inverse=True)[1]
-    return np.stack([np.bincount(inverse, row) for row in values]) / np.bincount(inverse)
+    with refusing(ValueError, BadValueError, f"{len(groups)} groups for {values.shape[1]} values"):
+        return np.stack([np.bincount(inverse, row) for row in values]) / np.bincount(inverse)
 
 
 def _crossed(means):
@@ -170,22 +166,29 @@ def _crossed(means):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The mean of paired differences a - b, its interval, and the p-value against no difference."""
+    """The mean of paired differences a - b, its interval, and the p-value against no difference.
+
+    `over`: what b is, if that is told.
+    """
 
     difference: Estimate
     p: float
+    over: str = ""
+
+    @classmethod
+    def read(cls, stored):
+        """Return one from its ``asdict``."""
+        return cls(**{**stored, "difference": Estimate(**stored["difference"])})
 
     def __str__(self):
         p = f"p = {self.p:.2g}" if self.p > 5e-5 else "p < 0.0001"  # no tail is known further out
-        return f"{self.signed}{self.against}, {p}"
-
-    against = ""
+        return f"{self.signed}{self.over and ' over '}{self.over}, {p}"
 
     @property
     def signed(self):
         """The difference and its interval as text."""
-        mean, low, high = self.difference.mean, self.difference.low, self.difference.high
-        return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+        gain = self.difference
+        return f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
 
     @property
     def verdict(self):

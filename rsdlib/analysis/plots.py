@@ -7,6 +7,7 @@ import textwrap
 from itertools import zip_longest
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -20,18 +21,18 @@ GREY = "#7F7F7F"
 _LEGEND = {"fontsize": 8, "frameon": False}
 
 
-def _axes(ax, width=6.4, height=3.6):
-    ax = ax if ax is not None else Figure((width, height), layout="constrained").add_subplot()
+def _axes(ax, height=3.6):
+    ax = ax if ax is not None else Figure((6.4, height), layout="constrained").add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     ax.set_axisbelow(True)
+    ax.set_prop_cycle(color=COLOURS)
     return ax
 
 
 def _bounds(estimates):
     """Return the means (n,) and the distances to their lower and upper bounds (2, n)."""
-    columns = [[estimate[key] for estimate in estimates] for key in ("mean", "low", "high")]
-    mean, low, high = np.array(columns)
+    mean, low, high = pd.DataFrame(estimates)[["mean", "low", "high"]].to_numpy().T
     return mean, np.stack([mean - low, high - mean])
 
 
@@ -72,16 +73,14 @@ def plot_report(report, *, ax=None):
     Axes
     """
     ax = _axes(ax, height=0.36 * len(report) + 1)
-    y = np.arange(len(report))[::-1]
-    before, after = report["rows_in"], report["rows_out"]
-    ax.barh(y, after, color=COLOURS[0], height=0.7)
-    dropped = ax.barh(y, before - after, left=after, color=COLOURS[1], height=0.7)
-    counts = [f" −{count:,}" if count else " 0" for count in before - after]
-    ax.bar_label(dropped, counts, fontsize=8, color=GREY)
-    ax.set_yticks(y, report["rule"])
-    ax.grid(visible=False, axis="y")
-    xlabel = "pairs left (blue) and dropped (orange) by each rule"
-    ax.set(xlim=(0, max(before.max(), 1) * 1.12), xlabel=xlabel)
+    rules, left, taken = report["rule"], report["rows_out"], report["rows_in"] - report["rows_out"]
+    ax.barh(rules, left, color=COLOURS[0])
+    dropped = ax.barh(rules, taken, left=left, color=COLOURS[1])
+    ax.bar_label(dropped, [f" {count:,}" for count in taken], fontsize=8, color=GREY)
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.margins(x=0.12)
+    ax.set_xlabel("pairs left (blue) and dropped (orange) by each rule")
     return ax
 
 
@@ -104,26 +103,21 @@ def plot_curves(runs, *, ax=None):
     for (name, several), colour in zip(runs.items(), COLOURS, strict=False):
         for label, metrics in zip_longest([name], each_training(several)):
             epochs = metrics.dropna(subset="val_similarity")
-            number, validation = epochs["epoch"] + 1, epochs["val_similarity"]
-            ax.plot(number, epochs["train_similarity"], "--", color=colour, linewidth=1.2)
-            ax.plot(number, validation, "-", color=colour, label=label)
-            best = validation.idxmax()
-            ax.plot(number[best], validation[best], "o", color=colour)
+            epochs = epochs.set_index(epochs["epoch"] + 1)
+            validation = epochs["val_similarity"]
+            ax.plot(epochs["train_similarity"], "--", color=colour, linewidth=1.2)
+            ax.plot(validation, color=colour, label=label)
+            ax.plot(validation.nlargest(1), "o", color=colour)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="mean cosine similarity")
-    title = "validation; training dashed, best epoch dotted"
-    ax.legend(title=title, title_fontsize=8, **_LEGEND)
+    ax.legend(title="validation; training dashed, best epoch dotted", title_fontsize=8, **_LEGEND)
     return ax
 
 
-def plot_scores(
-    rows,
-    *,
-    reference=None,
-    of="cosine",
-    label="mean cosine similarity on the test set, 95 % interval",
-    ax=None,
-):
+ON_TEST = "mean cosine similarity on the test set, 95 % interval"
+
+
+def plot_scores(rows, *, reference=None, of="cosine", label=ON_TEST, ax=None):
     """Draw each method's mean with its 95 % interval; the paper's as open diamonds.
 
     Parameters
@@ -140,14 +134,12 @@ def plot_scores(
     Axes
     """
     ax = _axes(ax, height=0.4 * len(rows) + 1.1)
-    rows = rows[::-1]
+    above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
     for place, row in enumerate(rows):
-        score = row[of]
-        ax.plot([score["low"], score["high"]], [place, place], color=COLOURS[0], linewidth=2)
-        ax.plot(score["mean"], place, "o", color=COLOURS[0])
-        above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-        ax.annotate(f"{score['mean']:.3f}", (score["mean"], place), **above)
-        if reference and row["method"] in reference:
+        mean, reach = _bounds([row[of]])
+        ax.errorbar(mean, place, xerr=reach, fmt="o", color=COLOURS[0], linewidth=2)
+        ax.annotate(f"{mean[0]:.3f}", (mean[0], place), **above)
+        if row["method"] in (reference or {}):
             number = reference[row["method"]]
             ax.plot(number, place, "D", markerfacecolor="none", color=COLOURS[1])
     ax.set_yticks(range(len(rows)), [row["method"] for row in rows])
@@ -155,7 +147,7 @@ def plot_scores(
     most = max(row[of].get("trainings", 1) for row in rows)
     note = f"\nover prompts and {most} trainings" if most > 1 else ""
     note += "\n◇ the paper's number, on DiffusionDB" if reference else ""
-    ax.set(ylim=(-0.6, len(rows) - 0.3), xlabel=f"{label}{note}")
+    ax.set(ylim=(len(rows) - 0.4, -0.7), xlabel=f"{label}{note}")  # the first on top
     return ax
 
 
@@ -175,13 +167,12 @@ def plot_recall(ranks, candidates, *, ax=None):
     """
     ax = _axes(ax)
     k = np.arange(1, candidates + 1)
-    for (name, values), colour in zip(ranks.items(), COLOURS, strict=False):
-        share = np.searchsorted(np.sort(values), k, side="right") / len(values)
-        ax.plot(k, share, color=colour, label=name)
+    for name, values in ranks.items():
+        ax.ecdf(values, label=name)
     ax.plot(k, k / candidates, ":", color=GREY, label="chance")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
-    xlabel, ylabel = f"k (of {candidates:,} prompts)", "true prompt among the k nearest"
-    ax.set(xscale="log", ylim=(0, 1), xlabel=xlabel, ylabel=ylabel)
+    ax.set(xscale="log", xlim=(1, candidates), xlabel=f"k (of {candidates:,} prompts)")
+    ax.set(ylim=(0, 1), ylabel="true prompt among the k nearest")
     ax.legend(**_LEGEND)
     return ax
 
@@ -237,8 +228,7 @@ def plot_lines(lines, x, *, xlabel, ylabel, ax=None):
     places = np.arange(len(x))
     for number, (name, estimates) in enumerate(lines.items()):
         shift = 0.06 * (number - (len(lines) - 1) / 2)  # so that intervals do not hide each other
-        look = {"color": COLOURS[number % len(COLOURS)], "markersize": 4, "capsize": 2}
-        ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", label=name, **look)
+        ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", ms=4, capsize=2, label=name)
     ax.set_xticks(places, x)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(**_LEGEND)
@@ -260,10 +250,10 @@ def plot_points(points, *, xlabel, ylabel, ax=None):
     """
     ax = _axes(ax)
     for number, (name, (x, estimate)) in enumerate(points.items()):
-        look = {"color": COLOURS[number % len(COLOURS)], "fmt": "os^"[number // len(COLOURS) % 3]}
-        x = x if isinstance(x, dict) else {"mean": x, "low": x, "high": x}
+        marker = "os^"[number // len(COLOURS) % 3]
+        x = x if isinstance(x, dict) else dict.fromkeys(("mean", "low", "high"), x)
         (place, width), (mean, height) = _bounds([x]), _bounds([estimate])
-        ax.errorbar(place, mean, height, width, capsize=3, label=name, **look)
+        ax.errorbar(place, mean, height, width, fmt=marker, capsize=3, label=name)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), **_LEGEND)
@@ -290,25 +280,14 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
     -------
     Figure
     """
-    texts = [_wrapped(caption, wrap) for caption in captions]
-    heights = []  # of each row in inches: a square and its text
-    for start in range(0, len(texts), columns):
-        lines = max(text.count("\n") + 1 for text in texts[start : start + columns])
-        heights.append(width / columns * 0.97 + (lines + 1) * size * 1.55 / 72)
-    figure = Figure((width, sum(heights)))
-    space = {"left": 0.01, "right": 0.99, "top": 0.995, "bottom": 0, "hspace": 0, "wspace": 0.06}
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights, **space)
-    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-        ax = figure.add_subplot(grid[divmod(number, columns)], anchor="N")
+    texts = ["\n".join(textwrap.fill(line, wrap) for line in c.split("\n")) for c in captions]
+    rows = [texts[start : start + columns] for start in range(0, len(texts), columns)]
+    lines = sum(max(text.count("\n") + 2 for text in row) for row in rows)
+    height = len(rows) * width / columns + lines * size * 1.25 / 72
+    figure = Figure((width, height), layout="constrained")
+    for number, (image, text) in enumerate(zip(images, texts, strict=True), 1):
+        ax = figure.add_subplot(len(rows), columns, number, xticks=[], yticks=[], frame_on=False)
         pixels = np.asarray(image)
-        pixels = pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels
-        ax.imshow(pixels, interpolation="nearest")
-        ax.set_axis_off()
-        below = {"transform": ax.transAxes, "va": "top", "fontsize": size, "linespacing": 1.25}
-        ax.text(0, -0.03, text, **below)
+        ax.imshow(pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels)
+        ax.set_xlabel(text, loc="left", multialignment="left", fontsize=size)
     return figure
-
-
-def _wrapped(text, width):
-    """Return the text with its long lines wrapped and its line breaks and empty lines kept."""
-    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))

@@ -4,8 +4,8 @@ A stored row has ``method``, a score (``cosine``, or ``RefCLIPScore`` in table 1
 `Estimate`, its paired comparisons, and in table 2 ``steps``, of training.
 """
 
+import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 from rsdlib import files
@@ -21,18 +21,6 @@ CAPTIONS = ("caption alone", "caption alone, translated")  # what a white box re
 SINGLE = {f"{name} + MLC + CL": PAPER["table 5"][name[0].upper()] for name in VANILLA}
 
 
-@dataclass(frozen=True)
-class Gain(Comparison):
-    """A method's paired comparison with the method `over`."""
-
-    over: str = ""
-
-    @property
-    def against(self):
-        """What the gain is over, as text."""
-        return f" over {self.over}"
-
-
 def gains(row):
     """Return the paired comparisons that a stored row holds.
 
@@ -44,13 +32,13 @@ def gains(row):
 
     Returns
     -------
-    list of Gain
+    list of Comparison
     """
     records = []
     for name, test in row.items():
         if isinstance(test, dict) and "p" in test:
             over = test.get("over") or row.get("best member") or name.removeprefix("gain over ")
-            records.append(Gain(Estimate(**test["difference"]), test["p"], over))
+            records.append(Comparison.read({**test, "over": over}))
     return records
 
 
@@ -65,10 +53,9 @@ def collect(folder):
     Returns
     -------
     dict of str to list of dict
-        For each key of `PAPER` the rows: ``method``, ``score`` (the stored estimate),
-        ``trainings`` that it is a mean of, ``gain`` (a `Gain`, or None: over the vanilla training
-        where the row has that, else over the mean embedding, else its first), its ``verdict`` (or
-        None), ``steps`` where they are stored, and ``paper``, the paper's number or None.
+        For each key of `PAPER` the rows: ``method``, ``score`` (the stored estimate), ``steps`` (or
+        None), ``gain`` (a `Comparison`, or None: over the vanilla training where the row has that,
+        else over the mean embedding, else its first), and ``paper``, the paper's number or None.
 
     Raises
     ------
@@ -84,20 +71,18 @@ def collect(folder):
         return files.read_json(folder / f"{name}.json")
 
     captions, ensembles = read("08_captioning")["table 1"], read("06_ensemble_dakl")
-    trained = [
-        row for name in ("01_vit", "02_swin", "03_clip", "04_unet") for row in read(name)["table"]
-    ]
-    single = {row["method"]: row for row in trained}
+    single = {}
+    for name in ("01_vit", "02_swin", "03_clip", "04_unet"):
+        single |= {row["method"]: row for row in read(name)["table"]}
     blip = next(row for row in captions if row["method"] == "BLIP")
     single["BLIP"] = {"method": "BLIP", "cosine": blip["MiniLM"]}
     longer = [f"{name}{more}" for name in VANILLA for more in (" + MLC", " + MLC + CL")]
+    names = [*PAPER["table 4"], *longer, *CAPTIONS]
     stored = {
         "table 1": captions,
         "table 2": read("05_curriculum")["table 2"],
         "table 3": ensembles["table 3"],
-        "table 4": [
-            single[name] for name in [*PAPER["table 4"], *longer, *CAPTIONS] if name in single
-        ],
+        "table 4": [single[name] for name in names if name in single],
         "table 5": ensembles["table 5"] + ensembles.get("fitted weights", [])[-1:],
     }
     return {table: _beside_the_paper(table, rows) for table, rows in stored.items()}
@@ -106,14 +91,11 @@ def collect(folder):
 def _beside_the_paper(table, stored):
     """Return a table's rows as `collect` does."""
     paper = beside(table, [row["method"] for row in stored])
+    score = "RefCLIPScore" if table == "table 1" else "cosine"
     rows = []
     for row in stored:
-        score = row["RefCLIPScore" if table == "table 1" else "cosine"]
-        gain = _shown(gains(row))
-        facts = {"method": row["method"], "score": score, "trainings": score.get("trainings", 1)}
-        facts |= {"gain": gain, "verdict": gain and gain.verdict}
-        facts |= {"steps": row["steps"]} if "steps" in row else {}
-        rows.append({**facts, "paper": paper.get(row["method"])})
+        facts = {"method": row["method"], "score": row[score], "steps": row.get("steps")}
+        rows.append({**facts, "gain": _shown(gains(row)), "paper": paper.get(row["method"])})
     return rows
 
 
@@ -159,24 +141,28 @@ def markdown(tables):
     """
     lines = []
     for number, (table, rows) in enumerate(tables.items(), 1):
-        steps = any("steps" in row for row in rows)
+        steps = any(row["steps"] for row in rows)
         names = ["method", *["steps"] * steps, "trainings", "ours, 95 % interval"]
         names += ["gain, paired test", "verdict", "the paper"]
-        lines += [f"**Table {number}. {TITLES[table]}**", "", *_head(names)]
+        shown = []
         for row in rows:
-            cells = [row["method"], *[row.get("steps", "")] * steps, row["trainings"]]
-            cells += [Estimate(**row["score"]), row["gain"] or "", row["verdict"] or ""]
-            lines.append(_line([*cells, "" if row["paper"] is None else f"{row['paper']:.4f}"]))
-        lines += [*_shares(rows), ""]
+            score, paper = Estimate(**row["score"]), row["paper"]
+            cells = [row["method"], *[row["steps"] or ""] * steps, score.trainings, score]
+            shown.append([*cells, *_told(row["gain"]), f"{paper:.4f}" if paper else ""])
+        title = f"**Table {number}. {TITLES[table]}**"
+        lines += [title, "", *_table(names, shown), *_shares(rows), ""]
     return "\n".join(lines)
 
 
-def _head(names):
-    return [_line(names), "|" + len(names) * "---|"]
+def _told(gain):
+    """Return a comparison and its verdict as two cells, empty where there is none."""
+    return (gain, gain.verdict) if gain else ("", "")
 
 
-def _line(cells):
-    return f"| {' | '.join(map(str, cells))} |"
+def _table(names, rows):
+    """Return the lines of a table in Markdown."""
+    head, *lines = [f"| {' | '.join(map(str, cells))} |" for cells in (names, *rows)]
+    return [head, "|" + len(names) * "---|", *lines]
 
 
 def _shares(rows):
@@ -203,25 +189,22 @@ def real_pictures(folder):
     -------
     str
     """
+    names = ["reader", "trainings", "cosine", "gain, paired test", "verdict"]
+    names += ["true prompt: median rank", "first"]
     lines = []
     for path in sorted(files.resolve_path(folder).glob("10_*.json")):
-        stored = files.read_json(path)
-        lines += [f"**`{path.stem[3:]}`**, a split by prompt", ""]
-        names = ["reader", "trainings", "cosine", "gain, paired test", "verdict"]
-        names += ["true prompt: median rank", "first"]
-        lines += _head(names)
+        stored, rows = files.read_json(path), []
         for row in stored["table"]:
-            estimate, gain = Estimate(**row["cosine"]), _shown(gains(row))
-            cells = [row["method"], estimate.trainings, estimate, gain or ""]
-            rank = f"{row['median_rank']:g} of {row['candidates']}"
-            cells += [gain.verdict if gain else "", rank, f"{row['recall@1']:.0%}"]
-            lines.append(_line(cells))
+            cosine = Estimate(**row["cosine"])
+            rank = f"{row['median_rank']:g} of {row['candidates']}", f"{row['recall@1']:.0%}"
+            told = _told(_shown(gains(row)))
+            rows.append([row["method"], cosine.trainings, cosine, *told, *rank])
         for name, row in stored["splits"].items():
-            rank = f"{row['median rank']:g} of {row['of']}"
-            cells = [f"{stored['turns']} splits, {name}", "", f"{row['cosine']:.4f}"]
-            cells += [row["gain over constant"], "", rank, f"{row['first']:.0%}"]
-            lines += [_line(cells)] if not name.startswith("split") else []
-        lines.append("")
+            rank = f"{row['median rank']:g} of {row['of']}", f"{row['first']:.0%}"
+            reader = f"{stored['turns']} splits, {name}"
+            told = [f"{row['cosine']:.4f}", row["gain over constant"], ""]
+            rows += [[reader, "", *told, *rank]] * (not name.startswith("split"))
+        lines += [f"**`{path.stem[3:]}`**, a split by prompt", "", *_table(names, rows), ""]
     return "\n".join(lines)
 
 
@@ -249,8 +232,9 @@ def insert(text, place, content):
         The marks are not there.
     """
     begin, end = BEGIN.format(place), END.format(place)
-    if text.count(begin) != 1 or text.count(end) != 1:
+    between = f"(?s)(?<={re.escape(begin)}).*(?={re.escape(end)})"
+    text, found = re.subn(between, lambda _: f"\n\n{content}\n", text)
+    if not found:
         fix = f"Put the lines {begin!r} and {end!r} into it."
         raise CacheError(f"the file has no place for {place}", fix)
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n\n{content}\n{end}{rest.split(end)[1]}"
+    return text

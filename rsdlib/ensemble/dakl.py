@@ -20,35 +20,25 @@ from rsdlib import runtime
 from rsdlib.data import unit_rows
 from rsdlib.ensemble.affine import fit_affine, k_prime
 from rsdlib.ensemble.neighbours import nearest
-from rsdlib.errors import BadValueError, ConfigError
+from rsdlib.errors import BadValueError, ConfigError, refusing
 
 # --- the kernel -----------------------------------------------------------------------------------
 
 
-def kernel(Z, gamma):
-    """K'_ij = exp(-gamma (1 - K_ij) / 2) with the cosine K_ij = z_i z_j / (|z_i| |z_j|).
+def kernel(rows, Z, gamma):
+    """K'_ij = exp(-gamma (1 - K_ij) / 2) with the cosine K_ij = x_i z_j of unit rows.
 
     Parameters
     ----------
-    Z : array-like (n, d)
+    rows, Z : ndarray (b, d), (n, d)
+        Of unit length.
     gamma : float
 
     Returns
     -------
-    ndarray (n, n), float64
-        Symmetric, with a unit diagonal. `DAKL` never forms it whole.
-
-    Raises
-    ------
-    BadValueError
-        A row is zero or not finite.
+    ndarray (b, n)
+        Of Z with itself, symmetric with a unit diagonal; `DAKL` never forms that whole.
     """
-    Z = unit_rows(Z, "Z")
-    return _between(Z, Z, gamma)
-
-
-def _between(rows, Z, gamma):
-    """Return K' between unit rows (b, d) and (n, d): (b, n)."""
     cosines = rows @ Z.T
     return k_prime(cosines, gamma, out=cosines)
 
@@ -83,7 +73,7 @@ def degrees_of_freedom(S, T, gamma, alphas, r=None, t=None):
     """
     S, T = unit_rows(S, "S"), unit_rows(T, "T")
     copies = np.repeat([(r or len(S)) / len(S), (t or len(T)) / len(T)], [len(S), len(T)])
-    A = _between(S, np.concatenate([S, T]), gamma) * np.sqrt(copies * copies[0])
+    A = kernel(S, np.concatenate([S, T]), gamma) * np.sqrt(copies * copies[0])
     eigenvalues = np.linalg.svd(A, compute_uv=False) ** 2
     return (eigenvalues / (eigenvalues + np.reshape(alphas, (-1, 1)))).sum(axis=1)
 
@@ -93,8 +83,10 @@ def degrees_of_freedom(S, T, gamma, alphas, r=None, t=None):
 _SMALL = 2**22  # samples x clusters that scikit-learn's careful start handles in about a second
 
 
-def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_state=None):
+def cluster(X, Y, n_clusters, max_iter=25, random_state=None):
     """Return the k-means centroids of the source predictions and a target for each.
+
+    That of the sample nearest to the centroid, as in the authors' code.
 
     Parameters
     ----------
@@ -104,9 +96,6 @@ def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_sta
         Embeddings of their prompts.
     n_clusters : int
         As many as there are samples: the centroids are the samples.
-    centroid_target : {"nearest", "mean"}
-        The target of the sample nearest to the centroid (the authors' code), or the mean direction
-        of its members' targets.
     max_iter, random_state : int
         See `DAKL`.
 
@@ -122,12 +111,9 @@ def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_sta
     """
     X, Y = unit_rows(X, "X"), unit_rows(Y, "Y")
     if len(X) != len(Y):
-        raise BadValueError(
-            f"X has {len(X)} rows, Y has {len(Y)}", "Hand in one target per sample."
-        )
+        raise BadValueError(f"X has {len(X)} rows, Y has {len(Y)}", "Hand in one target for each.")
     if n_clusters > len(X):
-        message = f"n_clusters = {n_clusters}, but there are {len(X)} samples"
-        raise BadValueError(message, f"Use n_clusters={len(X)} or fewer.")
+        raise BadValueError(f"n_clusters = {n_clusters}, but there are {len(X)} rows", "Use fewer.")
     if n_clusters == len(X):
         return X, Y
     centres = _kmeans(X.astype(np.float32), n_clusters, max_iter, random_state)
@@ -137,23 +123,7 @@ def cluster(X, Y, n_clusters, centroid_target="nearest", max_iter=25, random_sta
     # because rounding, and with it the number of threads, must not choose.
     tied = similarity > similarity[:, :1] - 1e-6
     first_tied = np.where(tied, index, len(X)).min(axis=1)
-    targets = Y[first_tied]
-    if centroid_target == "mean":
-        targets = _mean_targets(X, Y, centroids, targets)
-    return centroids, targets
-
-
-def _mean_targets(X, Y, centroids, targets):
-    """Return the mean direction of the members' targets.
-
-    Differs from the paper, which takes the nearest sample's target. A centroid without members, or
-    whose members' targets cancel, keeps that.
-    """
-    own = nearest(X, centroids, 1)[1][:, 0]
-    sums = np.zeros_like(targets)
-    np.add.at(sums, own, Y)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return np.divide(sums, norms, out=targets, where=norms > 1e-9)
+    return centroids, Y[first_tied]
 
 
 def _kmeans(X, n_clusters, max_iter, random_state):
@@ -216,8 +186,6 @@ class DAKL(BaseEstimator):
     gamma, alpha : float
         Width of the kernel and strength of the ridge, both positive. The defaults are the paper's
         gamma and the authors' alpha; choose them on validation, see `search_dakl`.
-    centroid_target : {"nearest", "mean"}
-        See `cluster`.
     solver : {"auto", "affine", "primal"}
         ``"affine"`` replaces k' by its fitted line in the cosine, which closes in d + 1 dimensions;
         ``"primal"`` is exact and streams K', r x r in memory. ``"auto"`` is affine where the error
@@ -253,7 +221,6 @@ class DAKL(BaseEstimator):
     _parameter_constraints: ClassVar = {
         **dict.fromkeys(("n_clusters", "max_iter"), _COUNT),
         **dict.fromkeys(("gamma", "alpha", "tol"), _POSITIVE),
-        "centroid_target": [StrOptions({"nearest", "mean"})],
         "solver": [StrOptions({"auto", "affine", "primal"})],
         "random_state": [Interval(Integral, None, None, closed="neither"), None],
     }
@@ -261,7 +228,6 @@ class DAKL(BaseEstimator):
     n_clusters: int = 10_000
     gamma: float = 1e-3
     alpha: float = 10.0
-    centroid_target: str = "nearest"
     solver: str = "auto"
     tol: float = 1e-4
     max_iter: int = 25
@@ -294,23 +260,26 @@ class DAKL(BaseEstimator):
             A parameter is outside its range, or ``solver="affine"`` was asked for where its
             certified error exceeds `tol`.
         """
-        try:
+        with refusing(InvalidParameterError, ConfigError, "{}"):
             self._validate_params()
-        except InvalidParameterError as error:
-            raise ConfigError(str(error)) from error
-        k_means = self.centroid_target, self.max_iter, self.random_state
-        S, self.centroid_targets_ = cluster(X, Y, self.n_clusters, *k_means)
+        k_means = self.n_clusters, self.max_iter, self.random_state
+        S, self.centroid_targets_ = cluster(X, Y, *k_means)
         self.n_features_in_ = S.shape[1]
         self.landmarks_ = np.concatenate([S, self._rows_like_source(X_target)])
         least = least_alpha(len(S), len(self.landmarks_) - len(S), self.tol)
         if self.alpha < least:
             message = f"alpha = {self.alpha:g} is lost in float64's rounding"
             raise ConfigError(message, f"Use alpha={least:.1g} or more.")
-        self.solver_, self.error_ = self.solver, np.nan
-        if self.solver in ("auto", "affine"):
-            self._fit_affine()
-        if self.solver_ != "affine":
-            W = _solve_primal(self.landmarks_, self.centroid_targets_, self.gamma, self.alpha)
+        problem = self.landmarks_, self.centroid_targets_, self.gamma, self.alpha
+        self.error_ = np.nan
+        if self.solver != "primal":
+            self.predictor_, self.error_ = fit_affine(*problem, self.tol, self.random_state)
+        self.solver_ = "affine" if self.error_ <= self.tol else "primal"
+        if self.solver == "affine" and self.solver_ == "primal":
+            message = f"the affine form's certified error {self.error_:.1g} is above {self.tol:g}"
+            raise ConfigError(message, "Use solver='auto' or 'primal'.")
+        if self.solver_ == "primal":
+            W = _solve_primal(*problem)
             self.predictor_ = partial(_stream, Z=self.landmarks_, gamma=self.gamma, W=W)
         return self
 
@@ -338,16 +307,15 @@ class DAKL(BaseEstimator):
         rows = self._rows_like_source(X_target)
         if self.solver_ == "affine":
             # The certificate has a slack of three, and follows the kernel's distance from its line.
-            usual = self.predictor_.residual(self._fitted_targets())
+            usual = self.predictor_.residual(self.landmarks_[len(self.centroid_targets_) :])
             if self.error_ * self.predictor_.residual(rows) > 3 * self.tol * usual:
                 message = "the affine form may err on rows unlike the fit's"
                 raise BadValueError(message, "Fit with solver='primal'.")
-        return self._answer(rows)
+        return unit_rows(self.predictor_(rows), "the prediction").astype(np.float32)
 
     def fit_predict(self, X, Y, X_target):
         """Return ``fit(X, Y, X_target).predict(X_target)``."""
-        self.fit(X, Y, X_target)
-        return self._answer(self._fitted_targets())
+        return self.fit(X, Y, X_target).predict(X_target)
 
     def _rows_like_source(self, values):
         rows = unit_rows(values, "X_target")
@@ -355,21 +323,6 @@ class DAKL(BaseEstimator):
             message = f"X_target has {rows.shape[1]} features, X has {self.n_features_in_} features"
             raise BadValueError(message, "Hand in the same models' predictions.")
         return rows
-
-    def _fit_affine(self):
-        """Take the affine form where its certified error is small enough, else choose primal."""
-        problem = self.landmarks_, self.centroid_targets_, self.gamma, self.alpha
-        self.predictor_, self.error_ = fit_affine(*problem, self.tol, self.random_state)
-        self.solver_ = "affine" if self.error_ <= self.tol else "primal"
-        if self.solver == "affine" and self.solver_ != "affine":
-            message = f"the affine form's certified error {self.error_:.1g} is above {self.tol:g}"
-            raise ConfigError(message, "Use solver='auto' or 'primal'.")
-
-    def _fitted_targets(self):
-        return self.landmarks_[len(self.centroid_targets_) :]
-
-    def _answer(self, rows):
-        return unit_rows(self.predictor_(rows), "the prediction").astype(np.float32)
 
 
 # --- the exact solver -----------------------------------------------------------------------------
@@ -380,7 +333,7 @@ _BLOCK = 2**24  # values of K' in memory at a time: 128 MiB of float64
 def _stream(rows, Z, gamma, W):
     """Return K'(rows, Z) W, in blocks of rows."""
     blocks = gen_batches(len(rows), max(1, _BLOCK // len(Z)))
-    return np.concatenate([_between(rows[block], Z, gamma) @ W for block in blocks])
+    return np.concatenate([kernel(rows[block], Z, gamma) @ W for block in blocks])
 
 
 def _solve_primal(Z, Y, gamma, alpha):
@@ -391,7 +344,7 @@ def _solve_primal(Z, Y, gamma, alpha):
     S = Z[: len(Y)]
     gram = np.zeros((len(S), len(S)), order="F")
     for block in gen_batches(len(Z), max(1, _BLOCK // len(S))):
-        phi = _between(Z[block], S, gamma).T
+        phi = kernel(Z[block], S, gamma).T
         gram = blas.dsyrk(1.0, phi, beta=1.0, c=gram, lower=True, overwrite_c=True)
     gram[np.diag_indices(len(S))] += alpha
     dual = cho_solve(cho_factor(gram, lower=True, overwrite_a=True), Y)

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 
 from rsdlib.data import cosine, unit_rows
 from rsdlib.ensemble.dakl import DAKL, cluster, least_alpha
-from rsdlib.errors import BadValueError, ConfigError
+from rsdlib.errors import BadValueError, ConfigError, refusing
 
 # --- the mean -------------------------------------------------------------------------------------
 
@@ -42,25 +42,27 @@ def mean(predictions, weights=None):
 
 def _stack(predictions):
     """Return the models' names, or numbers for a list, and their unit rows (m, n, d)."""
-    named = predictions if isinstance(predictions, dict) else dict(enumerate(predictions))
-    rows = {name: unit_rows(values, f"the predictions of {name}") for name, values in named.items()}
-    shapes = {name: values.shape for name, values in rows.items()}
-    if len(set(shapes.values())) != 1:
-        message = f"the models' predictions have the shapes {shapes}"
-        raise BadValueError(message, "Predict the same items with each of one or more models.")
-    return list(named), np.stack(list(rows.values()))
+    named = _named(predictions).items()
+    rows = {name: unit_rows(values, f"the predictions of {name}") for name, values in named}
+    fix = "Predict the same items with each of one or more models."
+    with refusing(ValueError, BadValueError, "the models' predictions do not fit: {}", fix):
+        stack = np.stack(list(rows.values()))
+    return list(rows), stack
+
+
+def _named(values):
+    return values if isinstance(values, dict) else dict(enumerate(values))
 
 
 def _in_order(weights, names):
     """Return the weights (m,) in the models' order, or say which do not belong."""
-    named = weights if isinstance(weights, dict) else dict(enumerate(weights))
+    named = _named(weights)
     if set(named) != set(names):
         message = f"the weights are for {list(named)}, the predictions of {names}"
         raise BadValueError(message, "Hand in one per model, by name where models have names.")
     weights = np.array([named[name] for name in names], np.float64)
     if not (weights.min() >= 0 and 0 < weights.sum() < np.inf):
-        fix = "They must be finite, not negative, and not all zero."
-        raise BadValueError(f"weights {weights.tolist()} are not usable", fix)
+        raise BadValueError(f"weights {weights} are not usable", "Use finite ones from 0 on.")
     return weights
 
 
@@ -96,7 +98,7 @@ def subsets(names):
 
     Parameters
     ----------
-    names : iterable of str
+    names : sequence of str
         ``"CUSV"`` gives C, U, S, V, CU, CS, CV, US, UV, SV, CUS, CUV, CSV, USV, CUSV.
 
     Returns
@@ -104,8 +106,7 @@ def subsets(names):
     list of tuple of str
         Smallest first.
     """
-    names = list(names)
-    return [group for size in range(1, len(names) + 1) for group in combinations(names, size)]
+    return [group for size in range(len(names)) for group in combinations(names, size + 1)]
 
 
 # --- choices on validation ------------------------------------------------------------------------
@@ -158,12 +159,8 @@ def fit_weights(predictions, target):
     BadValueError
         See `mean`; or the target has another shape.
     """
-    names, stack = _stack(predictions)
-    target = unit_rows(target, "target")
-    if target.shape != stack.shape[1:]:
-        shapes = f"predictions have the shape {stack.shape[1:]}, the target {target.shape}"
-        raise BadValueError(shapes, "They must be equal.")
-    loss = _minus_cosine(stack, target)
+    (*names, _), (*stack, target) = _stack({**_named(predictions), "the target": target})
+    loss = _minus_cosine(np.array(stack), target)
     starts = [np.full(len(names), 1 / len(names)), *np.eye(len(names))]
     candidates = [*starts, *(_descend(loss, start) for start in starts)]
     best = min(candidates, key=lambda weights: loss(weights)[0])
@@ -245,10 +242,9 @@ def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, n_targets=0, **o
         Every alpha is too small.
     """
     template = DAKL(**options)
-    k_means = template.centroid_target, template.max_iter, template.random_state
     table = []
     for count in n_clusters:
-        centroids, targets = cluster(X, Y, count, *k_means)
+        centroids, targets = cluster(X, Y, count, template.max_iter, template.random_state)
         least = least_alpha(count, max(n_targets, len(X_val)), template.tol)
         for gamma, alpha in product(gammas, [alpha for alpha in alphas if alpha >= least]):
             choice = {"n_clusters": count, "gamma": gamma, "alpha": alpha}

@@ -35,17 +35,13 @@ def nearest(queries, base, k, block=4096):
     if queries.shape[1] != base.shape[1]:
         raise BadValueError(f"dimensions differ: queries {queries.shape}, base {base.shape}")
     faiss = runtime.require("faiss", "faiss-cpu")
-    similarity = np.empty((len(queries), 0), np.float32)
-    index = np.empty((len(queries), 0), np.int64)
+    best = faiss.ResultHeap(len(queries), k, keep_max=True)
     for start in range(0, len(base), block):
         rows = _unit(base[start : start + block])
         scores, places = faiss.knn(queries, rows, min(k, len(rows)), faiss.METRIC_INNER_PRODUCT)
-        similarity = np.concatenate([similarity, scores], axis=1)
-        index = np.concatenate([index, places + start], axis=1)
-        best = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-        similarity = np.take_along_axis(similarity, best, axis=1)
-        index = np.take_along_axis(index, best, axis=1)
-    return similarity, index
+        best.add_result(scores, places + start)
+    best.finalize()
+    return best.D, best.I
 
 
 def _unit(rows):

@@ -11,12 +11,9 @@ from rsdlib.models.blip import (
 from rsdlib.models.domain import Domain, texture
 from rsdlib.models.encoders import (
     Encoder,
-    FrontedEncoder,
     Frozen,
-    Perceptron,
     clip_pair,
     create,
-    load_in_order,
     open_front,
 )
 from rsdlib.models.heads import HEADS, JointObjective, PromptRegressor, joint_loss, ridge
@@ -31,10 +28,8 @@ from rsdlib.models.sampling import (
 from rsdlib.models.speech import Speech, open_speech
 from rsdlib.models.unet import (
     DROPPED,
-    CaptionedLatents,
     KeepingObjective,
     Latents,
-    Texts,
     UNetEncoder,
     encoder_parts,
     into_unet,

@@ -42,20 +42,18 @@ class Captioner(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
-    def see(self, images):
-        """Map uint8 images (b, 3, s, s) to the image encoder's states (b, 1 + places, p)."""
-        return self.blip.vision_model((images.float() - self.mean) / self.std).last_hidden_state
+    def normalised(self, images):
+        """Return uint8 images as the image encoder expects them."""
+        return (images.float() - self.mean) / self.std
 
     def forward(self, images, tokens):
         """Map images (b, 3, s, s) and tokens (b, l) to logits.
 
         Those of the next token (b, l, v), and of the vocabulary (b, m) or None.
         """
-        states = self.see(images)
-        read = (tokens != self.pad).long()
-        how = {"attention_mask": read, "encoder_hidden_states": states}
-        logits = self.blip.text_decoder(input_ids=tokens, **how).logits
-        return logits, None if self.vocabulary_head is None else self.vocabulary_head(states[:, 0])
+        output = self.blip(self.normalised(images), tokens, (tokens != self.pad).long())
+        states, head = output.image_embeds, self.vocabulary_head  # (b, 1 + places, p)
+        return output.logits, None if head is None else head(states[:, 0])
 
     @property
     def pad(self):
@@ -89,20 +87,8 @@ class Captioner(nn.Module):
         list of str
             At most `length` tokens each; an empty string where nothing came out.
         """
-        config = self.blip.config.text_config
-        states = self.see(images)
-        start = torch.full((len(images), 1), config.bos_token_id, device=images.device)
-        with torch.inference_mode():
-            tokens = self.blip.text_decoder.generate(
-                input_ids=start,
-                encoder_hidden_states=states,
-                max_length=self.length,
-                num_beams=beams,
-                no_repeat_ngram_size=REPEAT,
-                do_sample=False,
-                eos_token_id=config.sep_token_id,
-                pad_token_id=config.pad_token_id,
-            )
+        how = {"max_length": self.length, "num_beams": beams, "no_repeat_ngram_size": REPEAT}
+        tokens = self.blip.generate(self.normalised(images), do_sample=False, **how)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -142,11 +128,8 @@ class CaptionObjective:
         scores = logits[:, :-1].float().flatten(0, 1)
         losses = F.cross_entropy(scores, following.flatten(), reduction="none")
         losses = losses.view_as(following) * counted
-        if "tokens" in batch:
-            tokens = batch["tokens"] * (len(following) / batch["rows"])
-        else:
-            tokens = counted.sum()
-        loss = losses.sum() / tokens
+        whole = batch if "tokens" in batch else self.whole(batch)
+        loss = losses.sum() / (whole["tokens"] * (len(following) / whole["rows"]))
         if words is not None and self.weight:
             labels = batch["labels"].float()
             loss = loss + self.weight * F.binary_cross_entropy_with_logits(words.float(), labels)
@@ -208,10 +191,8 @@ def caption_all(model, store, rows, beams=3, device="auto", batch_size=64):
     -------
     list of str (n)
     """
-    on = runtime.device(device)
-    model.to(on)
-    captions = []
-    with evaluating(model):
+    on, captions = runtime.device(device), []
+    with evaluating(model.to(on)):
         for start in runtime.track(range(0, len(rows), batch_size), "captioning"):
             images = torch.from_numpy(store.batch(rows[start : start + batch_size])).to(on)
             captions += model.caption(images, beams)

@@ -3,10 +3,11 @@
 import numpy as np
 
 from rsdlib import files
-from rsdlib.errors import BadValueError
+from rsdlib.errors import BadValueError, refusing
 
 _SPARED, _EACH = 0.98, 0.99  # shares of the validation pictures inside: of all, and of each view
 _ROUNDING = 1.001  # stored features are rounded
+_NO_ROWS = "are no finite rows of the known width: {}"
 
 
 def texture(images):
@@ -67,21 +68,19 @@ class Domain:
         """
         from sklearn.covariance import LedoitWolf
 
-        arrays = {"edge": np.ones((), np.float32)}
+        arrays = {"edge": 1.0}
         for view, rows in known.items():
-            fitted = LedoitWolf(store_precision=False).fit(_checked(rows, view))
+            with refusing(ValueError, BadValueError, f"{view} {_NO_ROWS}"):
+                fitted = LedoitWolf(store_precision=False).fit(np.asarray(rows, np.float64))
             spread = fitted.covariance_
             noise = 1e-4 * spread.trace() / len(spread) + 1e-6  # flat pictures have one texture
             precision = np.linalg.inv(spread + noise * np.eye(len(spread)))
-            arrays[f"{view}.centre"] = fitted.location_.astype(np.float32)
-            arrays[f"{view}.precision"] = precision.astype(np.float32)
-            arrays[f"{view}.scale"] = np.ones((), np.float32)
+            learnt = {"centre": fitted.location_, "precision": precision, "scale": 1.0}
+            arrays |= {f"{view}.{name}": np.float32(value) for name, value in learnt.items()}
         domain = cls(arrays)
         for view, rows in held.items():
-            distances = domain._distance(view, rows)
-            domain.arrays[f"{view}.scale"] = np.float32(_quantile(distances, _EACH))
-        edge = _quantile(domain.distance(held), _SPARED) * _ROUNDING
-        domain.arrays["edge"] = np.float32(edge)
+            arrays[f"{view}.scale"] = np.float32(_quantile(domain._distance(view, rows), _EACH))
+        arrays["edge"] = np.float32(_quantile(domain.distance(held), _SPARED) * _ROUNDING)
         return domain
 
     def distance(self, views):
@@ -95,10 +94,10 @@ class Domain:
         return np.max(distances, axis=0) / self.arrays["edge"]
 
     def _distance(self, view, rows):
-        rows, centre = _checked(rows, view), self.arrays[f"{view}.centre"]
-        if rows.shape[1] != len(centre):
-            raise BadValueError(f"{view} have {rows.shape[1]} columns, not {len(centre)}")
-        centred = rows - centre
+        from sklearn.utils import check_array
+
+        with refusing(ValueError, BadValueError, f"{view} {_NO_ROWS}"):
+            centred = check_array(rows, dtype=np.float64) - self.arrays[f"{view}.centre"]
         squared = np.einsum("np,np->n", centred @ self.arrays[f"{view}.precision"], centred)
         return np.sqrt(np.maximum(squared, 0)) / self.arrays[f"{view}.scale"]
 
@@ -114,10 +113,3 @@ class Domain:
 
 def _quantile(distances, share):
     return max(np.quantile(distances, share, method="higher"), 1e-6)
-
-
-def _checked(rows, view):
-    rows = np.asarray(rows, np.float64)
-    if rows.ndim != 2 or not np.isfinite(rows).all():
-        raise BadValueError(f"{view} of shape {rows.shape} are no finite rows")
-    return rows

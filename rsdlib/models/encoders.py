@@ -1,5 +1,7 @@
 """Image encoders with the preprocessing they were trained with: uint8 images in, features out."""
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -54,52 +56,33 @@ class FrontedEncoder(nn.Module):
         return self._beside[0]
 
 
-class Perceptron(FrontedEncoder):
-    """A multi-layer perceptron on frozen features, as in the authors' code.
-
-    Each layer is linear, batch norm, GELU, dropout.
-
-    Parameters
-    ----------
-    encoder : Encoder
-        Frozen here; the ``front``.
-    widths : sequence of int
-        Of the layers; the authors' are 8192, 8192.
-    dropout : float
-    """
-
-    def __init__(self, encoder, widths, dropout=0.5):
-        super().__init__(encoder.eval().requires_grad_(False))
-        layers, last = [], encoder.features
-        for width in widths:
-            linear = nn.Linear(last, width)
-            layers += [linear, nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(dropout)]
-            last = width
-        self.body = nn.Sequential(*layers)
-        self.features, self.image_size = last, encoder.image_size
-
-    def forward(self, features):
-        """Map stored features (b, p) to features (b, last width)."""
-        return self.body(features.float())
-
-
 class Frozen(FrontedEncoder):
     """An encoder that is not trained: its features are computed once and stored.
+
+    A multi-layer perceptron may learn above them, as in the authors' code; each of its layers is
+    linear, batch norm, GELU, dropout.
 
     Parameters
     ----------
     encoder : nn.Module
         Frozen here, behind its own front if it has one; the ``front``.
+    widths : sequence of int
+        Of the layers; the authors' are 8192, 8192.
+    dropout : float
     """
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, widths=(), dropout=0.5):
         front = encoder if encoder.front is None else nn.Sequential(encoder.front, encoder)
         super().__init__(front.eval().requires_grad_(False))
-        self.features, self.image_size = encoder.features, encoder.image_size
+        sizes, layers = [encoder.features, *widths], []
+        for p, q in itertools.pairwise(sizes):
+            layers += [nn.Linear(p, q), nn.BatchNorm1d(q), nn.GELU(), nn.Dropout(dropout)]
+        self.body = nn.Sequential(*layers)
+        self.features, self.image_size = sizes[-1], encoder.image_size
 
     def forward(self, features):
-        """Take stored features (b, p) as they are."""
-        return features.float()
+        """Map stored features (b, p) to features (b, last width)."""
+        return self.body(features.float())
 
 
 def create(config, *, load=True):
@@ -132,22 +115,16 @@ def create(config, *, load=True):
     load = load or config.fine_tune == "never"
     encoder = _BUILDERS[config.library](config, config.pretrained and load)
     for part in config.frozen:
-        _freeze(encoder, part, config.model)
+        message = f"{config.model} has no part {part!r} to freeze"
+        fix = f"Parts are {', '.join(name for name, _ in encoder.named_children())}."
+        with refusing(AttributeError, ConfigError, message, fix):
+            encoder.get_submodule(part).requires_grad_(False)
     return Frozen(encoder) if config.fine_tune == "never" else encoder
 
 
 def open_front(settings):
     """Return the frozen front of the encoder that the dict of a `BackboneConfig` describes."""
     return create(BackboneConfig(**settings), load=False).front
-
-
-def _freeze(encoder, part, model):
-    inside = [w for name, w in encoder.named_parameters() if f"{name}.".startswith(f"{part}.")]
-    if not inside:
-        parts = ", ".join(name for name, _ in encoder.named_children())
-        raise ConfigError(f"{model} has no part {part!r} to freeze", f"Parts are {parts}.")
-    for weight in inside:
-        weight.requires_grad_(False)
 
 
 def _timm(config, pretrained):
@@ -166,11 +143,10 @@ def open_timm(config, pretrained, *, classes=False):
     timm = runtime.require("timm")
     options = as_dict(config.options) | ({} if classes else {"num_classes": 0})
     spec = weights.MODELS.get(config.model)
-    if spec is None or not spec.checkpoint:
-        name = _name(config, _TIMM, pretrained)
-        with _naming(config):
-            return timm.create_model(name, pretrained=pretrained, **options)
     with _naming(config):
+        if spec is None or not spec.checkpoint:
+            name = _name(config, _TIMM, pretrained)
+            return timm.create_model(name, pretrained=pretrained, **options)
         body = timm.create_model(config.model)
     if pretrained:
         load_in_order(body, weights.locate(config.model) / spec.checkpoint)
@@ -194,14 +170,9 @@ def load_in_order(model, path):
         The file is no checkpoint, or one of another model.
     """
     where, fix = files.relative(path), "It is damaged or another model: fetch it again."
-    with refusing(Exception, CheckpointError, f"{where} cannot be read: {{}}", fix):
+    with refusing(Exception, CheckpointError, f"{where} is not the model's: {{}}", fix):
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = [value.shape for value in stored.values()]
-    own = model.state_dict()
-    if shapes != [value.shape for value in own.values()]:
-        message = f"{where} has {len(shapes)} tensors that are not the model's {len(own)} in order"
-        raise CheckpointError(message, fix)
-    model.load_state_dict(dict(zip(own, stored.values(), strict=True)))
+        model.load_state_dict(dict(zip(model.state_dict(), stored.values(), strict=True)))
 
 
 def _open_clip(config, pretrained):
@@ -210,22 +181,13 @@ def _open_clip(config, pretrained):
     if not widths:
         return _image_tower(_clip(config, pretrained), config)
     front = _image_tower(_clip(config, config.pretrained), config)
-    return Perceptron(front, widths, config.options.get("dropout", 0.5))
+    return Frozen(front, widths, config.options.get("dropout", 0.5))
 
 
 def _diffusers(config, pretrained):
-    """Build the encoder half of a Stable Diffusion's U-Net; ``captioner`` names who tells it."""
-    from rsdlib.models import blip, sampling, unet
+    from rsdlib.models import unet
 
-    options, size = as_dict(config.options), config.image_size
-    captioner, noised = options.pop("captioner", None), options.pop("noised", False)
-    captioner = captioner and blip.open_captioner(captioner)
-    options = {} if config.pretrained else options
-    folder = sampling.pipeline_folder(config.model)
-    encoder = unet.open_encoder(folder, pretrained, options, size, captioner, noised)
-    if config.gradient_checkpointing:
-        encoder.unet.enable_gradient_checkpointing()
-    return encoder
+    return unet.open_encoder(config, pretrained)
 
 
 _BUILDERS = {"timm": _timm, "open_clip": _open_clip, "diffusers": _diffusers}
@@ -266,13 +228,10 @@ def clip_pair(config, device="auto"):
 
 def _clip(config, pretrained):
     open_clip = runtime.require("open_clip", "open_clip_torch")
-    options = as_dict(config.options)
-    for ours in ("mlp", "dropout"):
-        options.pop(ours, None)
-    name = _name(config, _CLIP, pretrained)
+    options = {n: v for n, v in as_dict(config.options).items() if n not in ("mlp", "dropout")}
+    options |= {"load_weights": pretrained, "require_pretrained": pretrained}
     with _naming(config):
-        how = {"load_weights": pretrained, "require_pretrained": pretrained}
-        return open_clip.create_model(name, **how, **options)
+        return open_clip.create_model(_name(config, _CLIP, pretrained), **options)
 
 
 def _image_tower(clip, config):
@@ -287,7 +246,7 @@ def _image_tower(clip, config):
 
 def _name(config, marker, pretrained):
     """Return a model's name as timm and open_clip take it: their own, or that of a folder."""
-    folder = weights.find(config.model, marker, fetch=pretrained) or weights.override(config.model)
+    folder = weights.find(config.model, marker, fetch=pretrained)
     return f"local-dir:{folder}" if folder else config.model
 
 

@@ -1,5 +1,6 @@
 """The paper's Fig. 3 and Fig. 1: an embedding and a vocabulary head on an encoder, their loss."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -54,50 +55,45 @@ class PromptRegressor(nn.Module):
         self.speech, self.reads, self.named = speech, reads, named
         self.register_buffer("voice", torch.zeros(()) if speech is not None else None)
         m, d = vocabulary_size, embedding_size
-        widths = {"features": backbone.features, "spoken": d, "both": backbone.features + d}
-        p = widths[reads]
+        p = {"features": backbone.features, "spoken": d, "both": backbone.features + d}[reads]
         self.embedding_head = nn.Linear(p + m if head == "concat" else p, d)
         self.vocabulary_head = nn.Linear(d if head == "sequential" else p, m) if m else None
         if named:
-            nn.init.zeros_(self.vocabulary_head.weight)
-            nn.init.zeros_(self.vocabulary_head.bias)
+            for learnt in self.vocabulary_head.parameters():
+                nn.init.zeros_(learnt)
 
     def forward(self, batch):
         """Return unit embeddings (b, d) and vocabulary logits (b, m), or None for m = 0."""
-        features = self.backbone(batch)  # (b, p)
-        return self.heads(features)
+        return self.heads(self.backbone(batch))
 
     def heads(self, features):
         """Map features (b, p) to embeddings (b, d) and logits (b, m)."""
-        said = self.speech(features) if self.speech is not None else None
-        read, logits = torch.cat(self.blocks(features, said), dim=1), None
+        read, logits = torch.cat(self.blocks(features), dim=1), None
         if self.vocabulary_head is not None and self.arrangement != "sequential":
             logits = self.vocabulary_head(read)
             if self.arrangement == "concat":
                 read = torch.cat([read, logits], dim=1)  # (b, p + m)
         embedding = self.embedding_head(read)  # (b, d)
-        if said is not None:
-            embedding = embedding + self.voice * said
+        if self.speech is not None:
+            embedding = embedding + self.voice * self.speech(features)
         if self.vocabulary_head is not None and self.arrangement == "sequential":
             logits = self.vocabulary_head(embedding)
         if self.named:
             logits = logits + self.speech.log_odds(features)
         return F.normalize(embedding.float(), dim=1), logits
 
-    def blocks(self, features, said=None):
+    def blocks(self, features):
         """Return what the heads read, one or two blocks (b, p), each regularised on its own."""
         if self.reads == "features":
             return [features]
-        spoken = F.normalize(self.speech(features) if said is None else said, dim=1)
-        both = self.reads == "both"
-        return [F.normalize(features.float(), dim=1), spoken] if both else [spoken]
+        both = [F.normalize(block.float(), dim=1) for block in (features, self.speech(features))]
+        return both if self.reads == "both" else both[1:]
 
     def only_speak(self):
         """Become the zero-shot reader: the speech alone answers, nothing has been learnt."""
-        with torch.no_grad():
-            self.embedding_head.weight.zero_()
-            self.embedding_head.bias.zero_()
-            self.voice.fill_(1)
+        for learnt in self.embedding_head.parameters():
+            nn.init.zeros_(learnt)
+        self.voice.fill_(1)
 
     def probe(self, features, target, held=None, shrink=0.01):
         """Start the embedding head at the ridge regression of targets on what it reads.
@@ -131,29 +127,27 @@ class PromptRegressor(nn.Module):
         def cosines(pred):
             return F.cosine_similarity(pred, truth.double())
 
-        def score(pred):
-            return cosines(pred).mean().item()
+        def warmth(temperature):
+            self.speech.temperature.fill_(temperature)
+            return cosines(self.speech(seen).double()).mean().item()
 
         if self.speech is not None:
-            how_warm = {}
-            for temperature in TEMPERATURES:
-                self.speech.temperature.fill_(temperature)
-                how_warm[temperature] = score(self.speech(seen).double())
-            self.speech.temperature.fill_(max(how_warm, key=how_warm.get))
+            self.speech.temperature.fill_(max(TEMPERATURES, key=warmth))
         blocks, held = self.blocks(features), torch.cat(self.blocks(seen), dim=1).double()
-        strengths, tried = [STRENGTHS[len(STRENGTHS) // 2]] * len(blocks), {}
-        for block in list(range(len(blocks))) * 2:  # one after the other, twice
-            for strength in STRENGTHS:
-                choice = (*strengths[:block], strength, *strengths[block + 1 :])
-                if choice not in tried:
-                    weight, bias = ridge(blocks, target, choice)
-                    tried[choice] = score(held @ weight.T + bias), weight, bias
-            strengths = max(tried, key=lambda choice: tried[choice][0])
-        _, weight, bias = tried[strengths]
+
+        @functools.cache
+        def fitted(strengths):
+            weight, bias = ridge(blocks, target, strengths)
+            return cosines(held @ weight.T + bias).mean().item(), weight, bias
+
+        strengths = (STRENGTHS[len(STRENGTHS) // 2],) * len(blocks)
+        for block in [*range(len(blocks))] * 2:  # one after the other, twice
+            tried = [(*strengths[:block], s, *strengths[block + 1 :]) for s in STRENGTHS]
+            strengths = max(tried, key=lambda choice: fitted(choice)[0])
+        _, weight, bias = fitted(strengths)
         if self.speech is not None:
             pred, said = held @ weight.T + bias, self.speech(seen).double()
-            heard = {voice: cosines(pred + voice * said) for voice in VOICES}
-            self.voice.fill_(loudest(heard))
+            self.voice.fill_(loudest({voice: cosines(pred + voice * said) for voice in VOICES}))
         return weight, bias
 
 
@@ -177,13 +171,9 @@ def loudest(heard):
     -------
     float
     """
-    best = max(heard, key=lambda voice: heard[voice].mean().item())
-
-    def costs_nothing(voice):
-        lost = heard[best] - heard[voice]
-        return lost.mean() <= lost.std() / len(lost) ** 0.5
-
-    return max(filter(costs_nothing, heard))
+    best = max(heard.values(), key=torch.mean)
+    lost = {voice: best - cosines for voice, cosines in heard.items()}
+    return max(v for v, loss in lost.items() if loss.mean() <= loss.std() / len(loss) ** 0.5)
 
 
 def ridge(blocks, target, strengths=None, shrink=0.01):

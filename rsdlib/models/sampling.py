@@ -1,15 +1,11 @@
 """Stable Diffusion as the maker of the data: open it, sample from it, sample a row again."""
 
-import hashlib
-
 import numpy as np
 import torch
 
 from rsdlib import files, runtime, weights
-from rsdlib.errors import BadTableError
+from rsdlib.errors import BadTableError, refusing
 from rsdlib.models.encoders import no_model
-
-HOW = ("prompt", "seed", "step", "cfg")  # DiffusionDB's columns that say how an image was sampled
 
 
 def pipeline_folder(name):
@@ -56,7 +52,7 @@ def _precision(on):
     return torch.bfloat16 if runtime.precision("auto", on) == "bf16" else torch.float16
 
 
-def sample(pipe, prompts, seeds, steps=20, guidance=5.0, **options):
+def sample(pipe, prompts, seeds, steps=20, guidance=5.0, height=None, width=None):
     """Sample one image for each prompt, each from noise of its own seed.
 
     Parameters
@@ -68,36 +64,30 @@ def sample(pipe, prompts, seeds, steps=20, guidance=5.0, **options):
         Denoising steps.
     guidance : float
         Scale of the classifier-free guidance.
-    **options
-        Handed to the pipeline, such as ``height`` and ``width``.
+    height, width : int, optional
+        Pixels; the default is what the model was trained with.
 
     Returns
     -------
     ndarray of uint8, shape (n, height, width, 3)
     """
+    config, factor = pipe.unet.config, pipe.vae_scale_factor
+    height, width = (pixels or config.sample_size * factor for pixels in (height, width))
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    # In float32 on the CPU: a seed is the same noise on any device, at any precision.
+    shape = (1, config.in_channels, height // factor, width // factor)
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     images = pipe(
         list(prompts),
+        height=height,
+        width=width,
         generator=generators,
-        latents=_noise(pipe, generators, options.get("height"), options.get("width")),
+        latents=noise.to(pipe.unet.dtype),
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="np",
-        **options,
     ).images
     return (images * 255).round().astype(np.uint8)
-
-
-def _noise(pipe, generators, height, width):
-    """Draw in float32 on the CPU: a seed is the same noise on any device, at any precision."""
-    config, factor = pipe.unet.config, pipe.vae_scale_factor
-    if height and width:
-        sides = (height // factor, width // factor)
-    else:
-        sides = (config.sample_size, config.sample_size)
-    shape = (1, config.in_channels, *sides)
-    drawn = [torch.randn(shape, generator=generator) for generator in generators]
-    return torch.cat(drawn).to(pipe.unet.dtype)
 
 
 def sample_stored(pipe, weights, prompts, seeds, steps=20, guidance=5.0, batch_size=64):
@@ -140,11 +130,7 @@ def weights_of(name):
     -------
     list of str
     """
-    checksums = []
-    for path in sorted(pipeline_folder(name).rglob("*.safetensors")):
-        with path.open("rb") as stream:
-            checksums.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return checksums
+    return [weights.sha256(p) for p in sorted(pipeline_folder(name).rglob("*.safetensors"))]
 
 
 def sample_rows(pipe, pairs):
@@ -166,14 +152,11 @@ def sample_rows(pipe, pairs):
     BadTableError
         A column is missing.
     """
-    missing = ", ".join(name for name in HOW if name not in pairs)
-    if missing:
-        message = f"the table does not say how its images were sampled: no {missing}"
-        raise BadTableError(message, "Use DiffusionDB's columns.")
-    rows = pairs.reset_index(drop=True)
-    images = [None] * len(rows)
+    untold = "the table does not say how its images were sampled: {}"
+    with refusing(KeyError, BadTableError, untold, "Use DiffusionDB's columns."):
+        rows = pairs[["prompt", "seed", "step", "cfg"]].reset_index(drop=True)
+    images, places = [], []
     for (steps, guidance), group in rows.groupby(["step", "cfg"]):
-        made = sample(pipe, group["prompt"], group["seed"], int(steps), float(guidance))
-        for place, image in zip(group.index, made, strict=True):
-            images[place] = image
-    return np.stack(images)
+        images.append(sample(pipe, group["prompt"], group["seed"], int(steps), float(guidance)))
+        places += group.index.tolist()
+    return np.concatenate(images)[np.argsort(places)]

@@ -29,9 +29,8 @@ class Speech(nn.Module):
     def __init__(self, weight, bias, embeddings, cosines=False):
         super().__init__()
         self.cosines = cosines
-        buffers = {"weight": weight, "bias": bias, "embeddings": embeddings}
-        for name, value in {**buffers, "temperature": torch.ones(())}.items():
-            self.register_buffer(name, value)
+        self.weight, self.bias = nn.Buffer(weight), nn.Buffer(bias)
+        self.embeddings, self.temperature = nn.Buffer(embeddings), nn.Buffer(torch.ones(()))
 
     @classmethod
     def blank(cls, k, p, d=384, cosines=False):
@@ -86,8 +85,7 @@ def open_speech(config, words=()):
     if not names:
         return (), None
     embeddings = torch.from_numpy(embed_cached(names))
-    cosines = config.library == "open_clip"
-    return names, Speech(*classifier, embeddings, cosines)
+    return names, Speech(*classifier, embeddings, cosines=config.library == "open_clip")
 
 
 def _classes(config):

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from rsdlib import files, runtime
+from rsdlib.config import as_dict
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError
+from rsdlib.models.blip import open_captioner
 from rsdlib.models.encoders import FrontedEncoder, no_model
 from rsdlib.models.heads import JointObjective
+from rsdlib.models.sampling import pipeline_folder
 
 DROPPED = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")  # the decoder half
 SLICE = 16 * 512 * 512  # pixels that the autoencoder reads at once: 16 images of 512 a side
@@ -40,9 +43,8 @@ class UNetEncoder(FrontedEncoder):
         the module, not in it.
     image_size : int
         Pixels a side that `front` reads.
-    alphas : Tensor (T,), optional
-        The share of signal that the sampler's noise leaves at each of its timesteps, squared:
-        needed by `with_noise`.
+    sampler : diffusers.DDPMScheduler, optional
+        Knows the noise of each timestep: needed by `with_noise`.
     noised : bool
         In training, read latents as the sampler sees them, at a timestep drawn for each; by default
         they are clean, as in the paper.
@@ -53,15 +55,14 @@ class UNetEncoder(FrontedEncoder):
         Channels of the mid block.
     """
 
-    def __init__(self, unet, context, front=None, image_size=None, alphas=None, noised=False):
+    def __init__(self, unet, context, front=None, image_size=None, sampler=None, noised=False):
         super().__init__(front)
         _check_conditions(unet, context)
         for name in DROPPED:
             delattr(unet, name)
-        self.unet, self.image_size, self.noised = unet, image_size, noised
+        self.unet, self.image_size, self.sampler, self.noised = unet, image_size, sampler, noised
         self.features = unet.config.block_out_channels[-1]
         self.register_buffer("context", context)
-        self.register_buffer("alphas", alphas, persistent=False)
 
     def unpack(self, inputs):
         """Return latents (b, c, h, w) and contexts (b, t, k) of what `forward` reads."""
@@ -79,10 +80,8 @@ class UNetEncoder(FrontedEncoder):
 
     def with_noise(self, latents):
         """Return latents with the sampler's noise, and the timesteps (b,) drawn for them."""
-        steps = torch.randint(len(self.alphas), (len(latents),), device=latents.device)
-        signal = self.alphas[steps].view(-1, 1, 1, 1)
-        noise = torch.randn_like(latents)
-        return signal.sqrt() * latents + (1 - signal).sqrt() * noise, steps
+        steps = torch.randint(len(self.sampler), (len(latents),), device=latents.device)
+        return self.sampler.add_noise(latents, torch.randn_like(latents), steps), steps
 
     def all_maps(self, latents, context, steps=0):
         """Return the maps that the decoder half is handed: each skip connection's, and the mid's.
@@ -90,34 +89,26 @@ class UNetEncoder(FrontedEncoder):
         It is given latents (b, c, h, w), a context (b, t, k) and timesteps, one or (b,).
         """
         unet, context = self.unet, context.to(latents.dtype)
-        steps = torch.as_tensor(steps, device=latents.device).expand(len(latents))
-        time = unet.time_embedding(unet.time_proj(steps).to(latents.dtype))
+        time = unet.time_embedding(unet.get_time_embed(latents, steps))
         sample = unet.conv_in(latents)
         maps = [sample]
         for block in unet.down_blocks:
-            sample, skips = block(hidden_states=sample, temb=time, **_text_for(block, context))
+            sample, skips = block(sample, temb=time, encoder_hidden_states=context)
             maps += skips
-        return [*maps, unet.mid_block(sample, time, **_text_for(unet.mid_block, context))]
-
-    def maps(self, inputs, context=None):
-        """Return the mid block's output (b, p, h', w'); a `context` replaces the inputs' own."""
-        latents, own = self.unpack(inputs)
-        steps = 0
-        if self.training and self.noised:
-            latents, steps = self.with_noise(latents)
-        return self.all_maps(latents, own if context is None else context, steps)[-1]
+        return [*maps, unet.mid_block(sample, time, encoder_hidden_states=context)]
 
     def forward(self, inputs, context=None):
         """Map what the front made of images to features (b, p): the mid block's mean over places.
 
-        Without a front's captions, these are latents (b, c, h, w).
+        Without a front's captions, these are latents (b, c, h, w). A `context` (b, t, k) replaces
+        the inputs' own.
         """
-        return self.maps(inputs, context).mean(dim=(2, 3))
-
-
-def _text_for(block, context):
-    reads = getattr(block, "has_cross_attention", False)
-    return {"encoder_hidden_states": context} if reads else {}
+        latents, own = self.unpack(inputs)
+        steps = 0
+        if self.training and self.noised:
+            latents, steps = self.with_noise(latents)
+        maps = self.all_maps(latents, own if context is None else context, steps)
+        return maps[-1].mean(dim=(2, 3))
 
 
 def _check_conditions(unet, context):
@@ -125,8 +116,7 @@ def _check_conditions(unet, context):
     others = ("class_embedding", "add_embedding", "encoder_hid_proj")
     extra = [name for name in others if getattr(unet, name, None) is not None]
     if extra:
-        message = f"this U-Net is also conditioned by {', '.join(extra)}"
-        raise ConfigError(message, "Use one that reads a prompt alone.")
+        raise ConfigError(f"this U-Net also has {', '.join(extra)}", "Use one without it.")
     width, reads = context.shape[-1], unet.config.cross_attention_dim
     if width != reads:
         message = f"the text context has {width} numbers a token, the U-Net reads {reads}"
@@ -153,12 +143,11 @@ class Latents(nn.Module):
         They are the mean of their distribution. Large images are read in slices: the autoencoder's
         first layers hold 128 numbers a pixel.
         """
-        number = max(SLICE // (images.shape[2] * images.shape[3]), 1)
-        return torch.cat([self._encode(part) for part in images.split(number)])
-
-    def _encode(self, images):
-        pixels = (images.float() - 127.5) / 127.5
-        return self.vae.encode(pixels).latent_dist.mode() * self.scale
+        latents = []
+        for part in images.split(max(SLICE // images[0, 0].numel(), 1)):
+            pixels = (part.float() - 127.5) / 127.5
+            latents.append(self.vae.encode(pixels).latent_dist.mode())
+        return torch.cat(latents) * self.scale
 
 
 class CaptionedLatents(nn.Module):
@@ -233,32 +222,27 @@ class Texts(nn.Module):
         return self.encoder(tokens).last_hidden_state
 
 
-def open_encoder(
-    folder, pretrained=True, options=None, image_size=None, captioner=None, noised=False
-):
-    """Build the U-Net encoder of a diffusers Stable Diffusion folder.
+def open_encoder(config, pretrained=True):
+    """Build the U-Net encoder of the Stable Diffusion that a `config.BackboneConfig` describes.
 
     Parameters
     ----------
-    folder : Path
-        With ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``.
+    config : rsdlib.config.BackboneConfig
+        Its options are ``captioner``, whose captions are read beside the images (without, the empty
+        prompt is), ``noised`` (see `UNetEncoder`), and, for random weights alone, settings of the
+        U-Net that differ from the model's.
     pretrained : bool
         False draws random weights; what is frozen (autoencoder, text encoder) is opened all the
         same.
-    options : dict, optional
-        Settings of the U-Net that differ from the folder's; with random weights only.
-    image_size : int, optional
-        Pixels a side; the default is what the model was trained with.
-    captioner : rsdlib.models.Captioner, optional
-        Whose captions are read beside the images; without, the empty prompt is.
-    noised : bool
-        See `UNetEncoder`.
 
     Returns
     -------
     UNetEncoder
     """
     diffusers = runtime.require("diffusers")
+    options, folder = as_dict(config.options), pipeline_folder(config.model)
+    captioner, noised = options.pop("captioner", None), options.pop("noised", False)
+    captioner = captioner and open_captioner(captioner)
     fix = "It needs unet, vae, text_encoder, tokenizer and scheduler in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion folder: {{}}", fix):
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
@@ -266,16 +250,19 @@ def open_encoder(
         if pretrained:
             unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         else:
-            config = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
-            unet = diffusers.UNet2DConditionModel.from_config({**config, **(options or {})})
+            told = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
+            changes = {} if config.pretrained else options
+            unet = diffusers.UNet2DConditionModel.from_config({**told, **changes})
         texts = Texts(folder)
         context = texts.states(texts.tokens([""]))[0]
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = image_size or unet.config.sample_size * factor
+    size = config.image_size or unet.config.sample_size * factor
     front = Latents(vae)
     if captioner is not None:
         front = CaptionedLatents(front, captioner, texts)
-    return UNetEncoder(unet, context, front, size, sampler.alphas_cumprod, noised)
+    return UNetEncoder(unet, context, front, size, sampler, noised)
 
 
 def text_states(folder, prompts):
@@ -349,8 +336,7 @@ def distances(maps, originals):
 
 def encoder_parts(unet):
     """Return the names of the modules that make up a U-Net's encoder half."""
-    kept = [(name, part) for name, part in unet.named_children() if name not in DROPPED]
-    return [name for name, part in kept if any(True for _ in part.parameters())]
+    return [n for n, part in unet.named_children() if n not in DROPPED and part.state_dict()]
 
 
 def into_unet(encoder, unet, blend=1.0, parts=("",)):
@@ -389,29 +375,6 @@ def into_unet(encoder, unet, blend=1.0, parts=("",)):
     unet.load_state_dict({**own, **mixed})
 
 
-def with_encoder(unet, encoder, blend=1.0, parts=("",)):
-    """Return a U-Net with an encoder's weights, its decoder half shared with `unet`.
-
-    Parameters
-    ----------
-    unet : diffusers.UNet2DConditionModel
-        Not changed.
-    encoder : UNetEncoder
-    blend, parts
-        See `into_unet`.
-
-    Returns
-    -------
-    diffusers.UNet2DConditionModel
-    """
-    swapped = copy.copy(unet)
-    swapped._modules = dict(unet._modules)
-    for name in encoder_parts(unet):
-        swapped._modules[name] = copy.deepcopy(unet._modules[name])
-    into_unet(encoder, swapped, blend, parts)
-    return swapped
-
-
 def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
     """Return a pipeline that takes `encoder` in place of its U-Net's own from a denoising step on.
 
@@ -448,11 +411,21 @@ def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
     if not -1 <= blend <= 1:
         raise BadValueError(f"blend = {blend} is not between -1 and 1")
     switch_step(start_step, pipe.scheduler.config.num_train_timesteps)  # as many as there may be
-    swapped = with_encoder(pipe.unet, encoder, blend, parts)
-    checker = pipe.config.get("requires_safety_checker", False)
-    again = type(pipe)(**pipe.components, requires_safety_checker=checker)
-    again.unet = SwitchingUNet(pipe.unet, swapped, again.scheduler, start_step)
-    again.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    decoder = [part for name, part in pipe.unet.named_children() if name in DROPPED]
+    swapped = copy.deepcopy(pipe.unet, {id(part): part for part in decoder})
+    into_unet(encoder, swapped, blend, parts)
+    again = copy.copy(pipe)
+    again.unet = swapped
+
+    def forward(sample, timestep, *args, **options):
+        """Denoise with the U-Net whose turn it is."""
+        steps = again.scheduler.timesteps.unique()  # some samplers repeat a step
+        done = int((steps > torch.as_tensor(timestep, device=steps.device)).sum())
+        if done < switch_step(start_step, len(steps)):
+            return pipe.unet(sample, timestep, *args, **options)
+        return type(swapped).forward(swapped, sample, timestep, *args, **options)
+
+    swapped.forward = forward
     return again
 
 
@@ -477,46 +450,8 @@ def switch_step(start_step, steps):
     BadValueError
         `start_step` is out of range.
     """
-    is_number = isinstance(start_step, Integral)
-    if not start_step >= 0 or (not is_number and start_step > 1):
-        fix = "Use a whole number from 0 on, or a share between 0.0 and 1.0."
+    counts = isinstance(start_step, Integral)
+    if not 0 <= start_step <= (steps if counts else 1):
+        fix = f"Use a whole number up to {steps}, or a share between 0.0 and 1.0."
         raise BadValueError(f"start_step = {start_step} is no step", fix)
-    if not is_number:
-        return round(start_step * steps)
-    if start_step > steps:
-        message = f"the swap is to come after step {start_step}, but there are {steps} steps"
-        raise BadValueError(message, "Swap earlier.")
-    return int(start_step)
-
-
-class SwitchingUNet(nn.Module):
-    """Answers as one U-Net before a denoising step and as another from there on.
-
-    A pipeline cannot tell it from either.
-
-    Parameters
-    ----------
-    first, then : diffusers.UNet2DConditionModel
-    scheduler : diffusers scheduler
-        Knows which timestep is which step.
-    start_step : int or float
-        See `switch_step`.
-    """
-
-    def __init__(self, first, then, scheduler, start_step):
-        super().__init__()
-        self.first, self.then = first, then
-        self.scheduler, self.start_step = scheduler, start_step
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("first"), name)
-
-    def forward(self, sample, timestep, *args, **options):
-        """Denoise with the U-Net whose turn it is."""
-        steps = self.scheduler.timesteps.unique()  # some samplers repeat a step
-        done = int((steps > torch.as_tensor(timestep, device=steps.device)).sum())
-        turned = done >= switch_step(self.start_step, len(steps))
-        return (self.then if turned else self.first)(sample, timestep, *args, **options)
+    return int(start_step) if counts else round(start_step * steps)

@@ -4,6 +4,8 @@ Supplementary, sections 4 to 6. A curriculum is a list of `Stage` (what is read 
 `Callback` (how sharply, how fast); `regime` makes either from settings.
 """
 
+import functools
+import itertools
 import math
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rsdlib import runtime
-from rsdlib.errors import BadValueError, ConfigError
+from rsdlib.errors import BadValueError, ConfigError, refusing
 from rsdlib.training.loop import Callback, Stage
 
 # --- difficulty -----------------------------------------------------------------------------------
@@ -42,12 +44,11 @@ def difficulty(history):
     """
     history = np.asarray(history, float)
     visited = np.isfinite(history)
-    never = ~visited.any(axis=1)
-    if never.any():
-        message = f"pair {int(np.argmax(never))} has no similarity in any epoch"
+    if not visited.any(axis=1).all():
+        message = f"pair {visited.any(axis=1).argmin()} has no similarity in any epoch"
         raise BadValueError(message, "Train a whole epoch first.")
     weights = visited * np.arange(1, history.shape[1] + 1)
-    return 1 - (np.where(visited, history, 0) * weights).sum(axis=1) / weights.sum(axis=1)
+    return 1 - np.nansum(history * weights, axis=1) / weights.sum(axis=1)
 
 
 def run_difficulty(table):
@@ -56,17 +57,14 @@ def run_difficulty(table):
     Parameters
     ----------
     table : DataFrame
-        row, epoch_1, epoch_2, ...
+        row, epoch_1, epoch_2, ..., in this order.
 
     Returns
     -------
     rows : ndarray of int (n,)
     hardness : ndarray (n,), float64
     """
-    epochs = sorted(
-        (name for name in table if name.startswith("epoch_")), key=lambda name: int(name[6:])
-    )
-    return table["row"].to_numpy(), difficulty(table[epochs].to_numpy())
+    return table["row"].to_numpy(), difficulty(table.filter(like="epoch_"))
 
 
 def stages(hardness, k=3):
@@ -85,8 +83,7 @@ def stages(hardness, k=3):
     """
     hardness = np.asarray(hardness)
     if not 1 <= k <= len(hardness):
-        message = f"{k} stages do not fit {len(hardness)} pairs"
-        raise BadValueError(message, "Use at least one stage and at most one per pair.")
+        raise BadValueError(f"{k} stages do not fit {len(hardness)} pairs", "Use 1 to one a pair.")
     order = np.argsort(hardness, kind="stable")
     return [order[: math.ceil(len(order) * i / k)] for i in range(1, k + 1)]
 
@@ -103,11 +100,8 @@ def levels(hardness, names=("easy", "medium", "hard")):
     -------
     ndarray of str (n,)
     """
-    level = np.empty(len(hardness), object)
-    nested = stages(hardness, len(names))
-    for positions, name in zip(reversed(nested), reversed(names), strict=True):
-        level[positions] = name
-    return level
+    rank = np.argsort(np.argsort(hardness, kind="stable"))
+    return np.array(names)[rank * len(names) // len(rank)]
 
 
 def growing(rows, hardness, epochs, k=3, equal="epochs"):
@@ -139,16 +133,14 @@ def growing(rows, hardness, epochs, k=3, equal="epochs"):
     if equal == "epochs":
         return [*plan, Stage(last, max(epochs - each * len(first), 1))]
     visited = sum(len(stage.rows) * stage.epochs for stage in plan)
-    whole, part = divmod(epochs * len(rows) - visited, len(rows))
-    if whole:
-        plan.append(Stage(last, whole))
-    return [*plan, *_part(rows, part, len(rows), epochs, k)]
+    return [*plan, *_visits(last, epochs * len(rows) - visited, len(rows), epochs, k)]
 
 
-def _part(rows, size, *key):
-    """Return the stage of a random part of the rows; none if a step could not be made of it."""
-    drawn = runtime.rng("last part", *key).permutation(rows)[:size]
-    return [Stage(np.sort(drawn), 1)] if size > 1 else []
+def _visits(rows, count, *key):
+    """Return stages of so many visits: whole epochs, then a random part that makes a step."""
+    whole, part = divmod(max(count, 0), len(rows))
+    drawn = runtime.rng("last part", *key).permutation(np.sort(rows))[:part]
+    return [Stage(rows, whole)] * (whole > 0) + [Stage(np.sort(drawn), 1)] * (part > 1)
 
 
 def without_hardest(rows, hardness, epochs, share=0.1):
@@ -176,8 +168,7 @@ def without_hardest(rows, hardness, epochs, share=0.1):
         raise BadValueError(f"a share of {share} cannot be left out", "Use one from 0 to below 1.")
     easiest = np.argsort(hardness, kind="stable")[: math.ceil(len(rows) * (1 - share))]
     kept = np.asarray(rows)[np.sort(easiest)]
-    whole, part = divmod(epochs * len(rows), len(kept))
-    return [Stage(kept, whole), *_part(kept, part, len(rows), epochs, share)]
+    return _visits(kept, epochs * len(rows), len(rows), epochs, share)
 
 
 def shuffled(plan, seed=0):
@@ -204,11 +195,8 @@ def shuffled(plan, seed=0):
 # --- the two it is compared with ------------------------------------------------------------------
 
 TOKENS, CHANNELS_FIRST, CHANNELS_LAST = "tokens", "channels first", "channels last"
-BLOCKS = {
-    "Block": TOKENS,
-    "ResidualAttentionBlock": TOKENS,
-    "SwinTransformerV2Block": CHANNELS_LAST,
-}
+BLOCKS = dict.fromkeys(("Block", "ResidualAttentionBlock"), TOKENS)  # by the names of classes
+BLOCKS["SwinTransformerV2Block"] = CHANNELS_LAST
 
 
 class CBS(Callback):
@@ -239,9 +227,10 @@ class CBS(Callback):
         """Attach the blur to the model's feature maps."""
         places = feature_maps(getattr(state.model, "backbone", state.model))
         if not places:
-            message = "this model has no feature maps that CBS could smooth"
-            raise ConfigError(message, "Use another curriculum.")
-        self._hooks = [self._attach(module, layout) for module, layout in places.items()]
+            raise ConfigError("this model has no feature maps to smooth", "Use another curriculum.")
+        for module, layout in places.items():
+            hook = functools.partial(self._blur, layout)
+            self._hooks.append(module.register_forward_hook(hook))
 
     def before_step(self, state):
         """Set sigma for this step."""
@@ -252,13 +241,9 @@ class CBS(Callback):
         for hook in self._hooks:
             hook.remove()
 
-    def _attach(self, module, layout):
-        def blur(module, _, output):
-            if module.training and self.sigma > 0.05:
-                return smoothed(output, self.sigma, layout)
-            return output
-
-        return module.register_forward_hook(blur)
+    def _blur(self, layout, module, _, output):
+        blurred = module.training and self.sigma > 0.05
+        return smoothed(output, self.sigma, layout) if blurred else output
 
 
 def feature_maps(model):
@@ -280,10 +265,8 @@ def smoothed(maps, sigma, layout=CHANNELS_FIRST):
     if layout == TOKENS:
         side = math.isqrt(maps.shape[1])
         lead = maps.shape[1] - side * side  # class tokens
-        grid = maps[:, lead:].unflatten(1, (side, side))
-        return torch.cat(
-            [maps[:, :lead], smoothed(grid, sigma, CHANNELS_LAST).flatten(1, 2)], dim=1
-        )
+        grid = smoothed(maps[:, lead:].unflatten(1, (side, side)), sigma, CHANNELS_LAST)
+        return torch.cat([maps[:, :lead], grid.flatten(1, 2)], dim=1)
     if layout == CHANNELS_LAST:
         return smoothed(maps.permute(0, 3, 1, 2), sigma).permute(0, 2, 3, 1)
     side = torch.exp(torch.tensor(-0.5 / sigma**2)).item()
@@ -316,11 +299,9 @@ class LeRaC(Callback):
         last = max(max(depth.values()), 1)
         split = []
         for group in state.optimizer.param_groups:
-            by_layer = {}
-            for parameter in group["params"]:
-                by_layer.setdefault(depth[parameter], []).append(parameter)
-            for layer, parameters in sorted(by_layer.items()):
-                split.append({**group, "params": parameters, "depth": layer / last})
+            in_order = sorted(group["params"], key=depth.get)
+            for layer, parameters in itertools.groupby(in_order, key=depth.get):
+                split.append({**group, "params": list(parameters), "depth": layer / last})
         state.optimizer.param_groups[:] = split
 
     def before_step(self, state):
@@ -360,23 +341,17 @@ def regime(config, rows, epochs, history=None):
     stages : list of Stage
     callbacks : list of Callback
     """
-    plain = [Stage(np.asarray(rows), epochs)]
-    if config.name == "cbs":
-        return plain, [CBS(config.sigma, config.decay, config.falls)]
-    if config.name == "lerac":
-        return plain, [LeRaC(config.lowest, config.until)]
-    if config.name == "none":
-        return plain, []
-    hardness = hardness_of(rows, history)
-    return growing(rows, hardness, epochs, config.stages, config.equal), []
+    if config.name == "ours":
+        hardness = hardness_of(rows, history)
+        return growing(rows, hardness, epochs, config.stages, config.equal), []
+    cbs = CBS(config.sigma, config.decay, config.falls)
+    lerac = LeRaC(config.lowest, config.until)
+    callbacks = {"none": [], "cbs": [cbs], "lerac": [lerac]}
+    return [Stage(np.asarray(rows), epochs)], callbacks[config.name]
 
 
 def hardness_of(rows, history):
     """Return the difficulty (n,) that a run's ``difficulty.parquet`` knows of `rows`."""
     known, hardness = run_difficulty(history)
-    wanted = pd.Series(hardness, index=known).reindex(rows)
-    if wanted.isna().any():
-        missing = wanted.index[wanted.isna()]
-        message = f"{len(missing)} training rows have no difficulty, the first is row {missing[0]}"
-        raise BadValueError(message, "Train without first.")
-    return wanted.to_numpy()
+    with refusing(KeyError, BadValueError, "rows without difficulty: {}", "Train without first."):
+        return pd.Series(hardness, known).loc[rows].to_numpy()
