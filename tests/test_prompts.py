@@ -305,11 +305,12 @@ def test_word_sets_are_the_words_of_each_text(monkeypatch):
     monkeypatch.setattr(cleaning, "_CHUNK", 100)
     texts = [*map(data.normalise, [*similar_prompts(950, np.random.default_rng(4)), *ODD.values()])]
     texts += ["", "! ?", "!", "! ?", "a ! a"]
-    hashes, numbers, starts = cleaning._word_sets(iter(texts))
+    words, numbers, starts = cleaning.word_sets(iter(texts))
     found = [numbers[a:b].tolist() for a, b in itertools.pairwise(starts)]
     expected = [set(re.findall(r"\w+", text)) or {text} for text in texts]
     assert [*map(len, found)] == [*map(len, map(set, found))] == [*map(len, expected)]
-    assert len(set(hashes.tolist())) == len(hashes) == len(set().union(*expected))
+    assert len(set(words)) == len(words) == len(set().union(*expected))
+    assert {words[i] for i in found[0]} == expected[0]
     for i, j in np.random.default_rng(0).integers(len(texts), size=(9000, 2)):
         assert len({*found[i]} & {*found[j]}) == len(expected[i] & expected[j])
 

@@ -172,7 +172,8 @@ def is_english(prompt):
 # --- near-duplicates ------------------------------------------------------------------------------
 
 _HASHES = 240  # in a prompt's MinHash signature
-_CHUNK = 8192  # prompts that are read at once
+_BANDS = (16, 20, 24, 30, 40, 48, 60, 80, 120)  # each divides it
+_CHUNK = 2048  # prompts that are read at once: a processor's cache holds them
 
 
 def choose_bands(threshold, miss):
@@ -182,10 +183,8 @@ def choose_bands(threshold, miss):
     1 - (1 - s^r)^b (Leskovec et al., Mining of Massive Datasets, section 3.4). Fewer bands mean
     fewer false candidates.
     """
-    for bands in (16, 20, 24, 30, 40, 48, 60, 80, 120):
-        if (1 - threshold ** (_HASHES // bands)) ** bands < miss:
-            return bands
-    return _HASHES
+    enough = (b for b in _BANDS if (1 - threshold ** (_HASHES // b)) ** b < miss)
+    return next(enough, _HASHES)
 
 
 def near_duplicates(prompts, threshold=0.8, seed=0):
@@ -217,28 +216,29 @@ def near_duplicates(prompts, threshold=0.8, seed=0):
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold = {threshold!r} is out of range", "It must lie in (0, 1].")
-    hashes, numbers, starts = _word_sets(map(normalise, check_texts(prompts)))
-    positions, buckets = _shared_buckets(hashes, numbers, starts, threshold, seed)
-    kept = defaultdict(list)  # bucket -> the token sets of the kept prompts in it
+    words, numbers, starts = word_sets(map(normalise, check_texts(prompts)))
+    hashes = pd.util.hash_array(np.array(words, dtype=object))
+    signatures = _shared_bands(hashes, numbers, starts, choose_bands(threshold, 0.005), seed)
+
+    def tokens(i):
+        return set(numbers[starts[i] : starts[i + 1]].tolist())
+
+    kept = defaultdict(list)  # a band and what stands in it -> kept prompts
     drop = np.zeros(len(starts) - 1, dtype=bool)
-    sharing, first = np.unique(positions, return_index=True)
-    for position, own in zip(sharing.tolist(), np.split(buckets, first[1:]), strict=False):
-        own = own.tolist()
-        tokens = frozenset(numbers[starts[position] : starts[position + 1]].tolist())
-        others = (other for bucket in own for other in kept[bucket])
-        if any(len(tokens & other) / len(tokens | other) >= threshold for other in others):
-            drop[position] = True
-        else:
-            for bucket in own:
-                kept[bucket].append(tokens)
+    for i in np.flatnonzero(signatures.any(axis=0)).tolist():
+        own, bands = tokens(i), signatures[:, i][signatures[:, i] > 0].tolist()
+        others = (tokens(other) for band in bands for other in kept[band])
+        drop[i] = any(len(own & other) / len(own | other) >= threshold for other in others)
+        for band in () if drop[i] else bands:
+            kept[band].append(i)
     return drop
 
 
-def _word_sets(texts):
-    """Return which words are in which text; a text without any counts as a word.
+def word_sets(texts):
+    """Return which words are in which of an iterator of texts; one without any counts as a word.
 
-    Returns the hash of each word (w,); the numbers (t,) of the first text's words, each once, then
-    those of the second's, and so on; and where among them each text begins (n + 1,).
+    Returns the words; the numbers (t,) of the first text's, each once, then those of the second's,
+    and so on; and where among them each text begins (n + 1,).
     """
     numbering = defaultdict(itertools.count().__next__)  # word -> its number
     numbers, counts = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
@@ -253,20 +253,17 @@ def _word_sets(texts):
         pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # a tenth of the time of `np.unique`
         numbers.append(pairs.astype(np.int32))  # its lower half
         counts.append(np.bincount(pairs >> 32))
-    hashes = pd.util.hash_array(np.array([*numbering], dtype=object))
-    return hashes, np.concatenate(numbers), np.concatenate(counts).cumsum()
+    return [*numbering], np.concatenate(numbers), np.concatenate(counts).cumsum()
 
 
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: what comes later tells too
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: the order of hashes tells
 
 
-def _shared_buckets(hashes, numbers, starts, threshold, seed):
-    """Return by position who falls into a bucket with somebody else, and the bucket.
+def _shared_bands(hashes, numbers, starts, bands, seed):
+    """Return the bands of each text's signature, mixed into a number (bands, n); 0: nobody else's.
 
-    A bucket is a band of the signature and what stands in it: the least of the words' hashes times
-    an odd number, modulo 2^64, for each of r odd numbers.
+    The signature's hash functions multiply a word's hash by an odd number, modulo 2^64.
     """
-    bands = choose_bands(threshold, miss=0.005)
     factors = np.random.default_rng(seed).integers(2**63, size=(bands, _HASHES // bands))
     factors = 2 * factors.astype(np.uint64) + 1
     signatures = np.zeros((bands, len(starts) - 1), np.uint64)
@@ -277,20 +274,13 @@ def _shared_buckets(hashes, numbers, starts, threshold, seed):
             for factor in band:
                 signature ^= np.minimum.reduceat(values * factor, edges)
                 signature *= _MIX
-    positions, buckets = [], []
-    for number, signature in enumerate(signatures):
-        bucket, _ = pd.factorize(signature)
-        positions.append(np.flatnonzero(np.bincount(bucket)[bucket] > 1))
-        buckets.append(bucket[positions[-1]] * bands + number)
-    positions, buckets = np.concatenate(positions), np.concatenate(buckets)
-    order = np.argsort(positions, kind="stable")
-    return positions[order], buckets[order]
+    for signature in signatures:
+        numbering, _ = pd.factorize(signature)
+        signature[np.bincount(numbering)[numbering] == 1] = 0
+    return signatures
 
 
 # --- cleaning -------------------------------------------------------------------------------------
-
-_RULES = ["missing", "tidied", "unreadable", "length", "language", "nsfw"]
-_RULES += ["duplicates", "near-duplicates"]
 
 
 def clean(pairs, config=None):
@@ -348,6 +338,7 @@ def clean(pairs, config=None):
         compared = f"{drop.sum()} of {len(drop)} prompts, Jaccard from {config.near_duplicate:g}"
     scored = f"{' or '.join(scores)} above {config.max_nsfw:g}"
     notes = {
+        "missing": "",
         "tidied": "white space, controls, invisible marks",
         "unreadable": "no letter or digit",
         "length": f"{config.min_characters} to {config.max_characters} characters",
@@ -356,10 +347,10 @@ def clean(pairs, config=None):
         "duplicates": f"more than {config.images_per_prompt} a prompt",
         "near-duplicates": compared,
     }
-    taken = pd.Series(rule, dtype=object).value_counts().reindex(_RULES, fill_value=0).to_numpy()
+    taken = pd.Series(rule, dtype=object).value_counts().reindex([*notes], fill_value=0).to_numpy()
     rows_out = len(pairs) - taken.cumsum()
-    report = {"rule": _RULES, "rows_in": rows_out + taken, "rows_out": rows_out, "changed": 0}
-    report = pd.DataFrame(report).assign(note=[notes.get(name, "") for name in _RULES])
+    report = {"rule": [*notes], "rows_in": rows_out + taken, "rows_out": rows_out, "changed": 0}
+    report = pd.DataFrame(report).assign(note=[*notes.values()])
     report.loc[1, "changed"] = texts["changed"].to_numpy()[number].sum()
     rows = np.flatnonzero(rule == "")
     own = {name: texts[name].array[number[rows]] for name in ("prompt", "key")}

@@ -153,17 +153,17 @@ def _read_diffusiondb(source, table, parts, limit):
         frame = pd.DataFrame(itertools.chain.from_iterable(rows)).rename(columns=_JSON_NAMES)
     else:
         where, frame = files.relative(table), _read_rows(table, parts)
-    frame = _checked(frame, where, _DIFFUSIONDB)
-    chosen = frame if limit is None else frame.sort_values(["part_id", "id"]).iloc[:limit]
+    by = ["part_id"] if limit is None else ["part_id", "id"]
+    frame = _checked(frame, where, _DIFFUSIONDB).sort_values(by, kind="stable", ignore_index=True)
+    chosen = frame.iloc[:limit]
+
+    def hold(part):
+        first, last = frame["part_id"].searchsorted([part, part + 1])
+        told = (frame[column].iloc[first:last].tolist() for column in ("id", "prompt"))
+        return _hold(part, parts[part], where, unlisted, dict(zip(*told, strict=True)))
+
     if table is not None:
-        opened = frame[frame["part_id"].isin(chosen["part_id"].unique())]
-        rows, told = opened.groupby("part_id").indices, opened[["id", "prompt"]]
-
-        def hold(part):
-            prompts = dict(told.iloc[rows[part]].itertuples(index=False))
-            return _hold(part, parts[part], where, unlisted, prompts)
-
-        deque(_each_part(hold, rows), maxlen=0)
+        deque(_each_part(hold, chosen["part_id"].unique().tolist()), maxlen=0)
     if any(unlisted):
         runtime.log(f"{sum(unlisted):,} files in the parts are not listed in {where}: left out")
     prefixes = {number: f"{path}{'::' if path.suffix else '/'}" for number, path in parts.items()}
@@ -212,10 +212,9 @@ def _hold(number, path, where, unlisted, prompts=None):
     if prompts is None:
         prompts = {name: row.get("p") for name, row in listed.items()}
         rows = [row | {"image_name": name, "part_id": number} for name, row in listed.items()]
-    for name in (*prompts, *listed):
-        if name not in names:
-            message = f"image {name!r} is listed for {part.where} but is not in it"
-            raise BadArchiveError(message, "Download this part again.")
+    for name in sorted((prompts.keys() | listed) - names):
+        message = f"image {name!r} is listed for {part.where} but is not in it"
+        raise BadArchiveError(message, "Download this part again.")
     for name in prompts.keys() & listed:
         prompt = None if pd.isna(prompts[name]) else prompts[name]
         if listed[name].get("p") != prompt:
@@ -250,48 +249,46 @@ def _json_object(pairs):
 
 
 def _read_archives(source, limit):
-    for read, suffix in ((_read_tar, ".tar"), (_read_images, ".parquet")):
-        paths = sorted([*source.glob(f"*{suffix}"), *source.glob(f"*/*{suffix}")])
-        paths = [path for path in paths if path.name not in _TABLES]
-        frames = []
-        for path, frame in zip(paths, _each_part(read, paths, limit), strict=False):
-            name, members = path.relative_to(source).with_suffix(""), frame.pop("member")
-            frames.append(frame.assign(id=f"{name}/" + members, locator=f"{path}::" + members))
-        if any(map(len, frames)):
-            frame = pd.concat(frames, ignore_index=True).iloc[:limit]
-            frame = _checked(frame, files.relative(source), {"id": ("id",), "prompt": _PROMPT})
-            return frame.rename(columns={"locator": "image"})
-    message = f"{files.relative(source)} holds neither a table nor a part with images"
-    raise BadTableError(message, "See rsdlib.data.load_pairs for the layouts.")
+    paths = sorted(path for place in ("*", "*/*") for path in source.glob(f"{place}.*"))
+    paths = [p for p in paths if p.suffix in (".tar", ".parquet") and p.name not in _TABLES]
+    frames = list(_each_part(lambda path: _read_archive(path, source), paths, limit))
+    if not any(map(len, frames)):
+        message = f"{files.relative(source)} holds neither a table nor a part with images"
+        raise BadTableError(message, "See rsdlib.data.load_pairs for the layouts.")
+    frame = pd.concat(frames, ignore_index=True).iloc[:limit]
+    frame = _checked(frame, files.relative(source), {"id": ("id",), "prompt": _PROMPT})
+    return frame.rename(columns={"locator": "image"})
 
 
-def _read_tar(path):
+def _read_archive(path, source):
+    """Return a row for each image in a tar or a Parquet file."""
+    with open_part(path) as part:
+        if path.suffix == ".tar":
+            frame = _read_samples(part)
+        else:
+            frame = _read_table(path, part.others).reset_index(drop=True)
+            rows = frame.index.map("{:06}/".format).astype(str)
+            frames = [frame.assign(member=rows + column) for column in part.columns]
+            frame = pd.concat([*frames, frame.iloc[:0].assign(member="")]).sort_values("member")
+    frame["id"] = f"{path.relative_to(source).with_suffix('')}/" + frame["member"]
+    return frame.assign(locator=f"{path}::" + frame.pop("member"))
+
+
+def _read_samples(part):
     """Return a row for each image in a tar: what the files of the same name tell."""
     samples, rows = defaultdict(dict), []
-    with open_part(path) as part:
-        for member in sorted(part.names()):
-            name, suffix = re.fullmatch(r"((?:.*/)?[^./]*)(.*)", member, re.DOTALL).groups()
-            samples[name][suffix.lower()] = member
-        for members in samples.values():
-            row = _read_json(part, members[".json"]) if ".json" in members else {}
-            row = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
-            prompts = [row.pop(name) for name in _PROMPT if name in row]
-            row["prompt"] = prompts[0] if prompts else None
-            if ".txt" in members:
-                row["prompt"] = part.read(members[".txt"]).decode("utf-8", "replace")
-            row["member"] = next((members[s] for s in _SUFFIXES if s in members), None)
-            rows.append(row)
+    for member in sorted(part.names()):
+        name, suffix = re.fullmatch(r"((?:.*/)?[^./]*)(.*)", member, re.DOTALL).groups()
+        samples[name][suffix.lower()] = member
+    for members in samples.values():
+        row = _read_json(part, members[".json"]) if ".json" in members else {}
+        row = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        prompts = [row.pop(name) for name in _PROMPT if name in row]
+        if ".txt" in members:
+            prompts = [part.read(members[".txt"]).decode("utf-8", "replace")]
+        image = next((members[suffix] for suffix in _SUFFIXES if suffix in members), None)
+        rows.append(row | {"prompt": prompts[0] if prompts else None, "member": image})
     return pd.DataFrame(rows, columns=None if rows else ["member"]).dropna(subset="member")
-
-
-def _read_images(path):
-    """Return a row for each image in a Parquet file: what stands in its row."""
-    with open_part(path) as part:
-        frame = _read_table(path, part.others).reset_index(drop=True)
-        frame["row"] = frame.index.map("{:06}/".format)
-        rows = [frame.assign(member=frame["row"] + column) for column in part.columns]
-    rows.append(frame.iloc[:0].assign(member=""))
-    return pd.concat(rows).drop(columns="row").sort_values("member")
 
 
 # --- prompts alone --------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ class _Archive(_Part):
                 "its name is not a plain relative path": _UNSAFE.search(name),
                 "too many stand before it": len(self._members) >= MAX_MEMBERS,
             }
-            reason = next((reason for reason, applies in refusals.items() if applies), None)
-            if reason:
+            if any(refusals.values()):
+                reason = next(reason for reason, applies in refusals.items() if applies)
                 raise BadArchiveError(f"{where}, member {name!r}: {reason}", "Do not use it.")
             self._members[name] = member
 
@@ -185,15 +185,21 @@ class _Parquet(_Part):
     def __init__(self, file, where):
         super().__init__(file, where)
         self._loaded, about = {}, file.metadata
+        self.columns, self.others = {}, []  # those with bytes, and where in them; the plain ones
+        for leaf in map(file.schema.column, range(about.num_columns)):
+            name, dot, inner = leaf.path.partition(".")
+            kind = leaf.physical_type, leaf.logical_type.type
+            if kind == ("BYTE_ARRAY", "NONE") and inner in ("", "bytes"):
+                self.columns[name] = leaf.path
+            elif not dot:
+                self.others.append(name)
         groups = [about.row_group(group) for group in range(about.num_row_groups)]
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=int)
-        self.columns, self.others = _split_columns(file.schema_arrow)
-        chunks = [group.column(i) for group in groups for i in range(about.num_columns)]
-        sizes = np.array([(c.total_uncompressed_size, c.total_compressed_size) for c in chunks])
         if about.num_rows * len(self.columns) > MAX_MEMBERS:
             raise ValueError("it has too many images")
-        if any(large > max(2**20, MAX_RATIO * small) for large, small in sizes):
-            raise ValueError(_TOO_DENSE)
+        for chunk in (group.column(i) for group in groups for i in range(about.num_columns)):
+            if chunk.total_uncompressed_size > max(2**20, MAX_RATIO * chunk.total_compressed_size):
+                raise ValueError(_TOO_DENSE)
 
     def names(self):
         """Return the names of the images, one a row and column."""
@@ -207,25 +213,12 @@ class _Parquet(_Part):
         group = int(np.searchsorted(self._ends, int(row), side="right"))
         with self._lock:
             if self._loaded.get(column, (None,))[0] != group:
-                self._loaded[column] = None
+                self._loaded.pop(column, None)  # before the next is read
                 table = self._archive.read_row_group(group, [self.columns[column]])
                 self._loaded[column] = group, table.column(0)
-            value = self._loaded[column][1][int(row) - int(self._ends[group])].as_py()
+            values = self._loaded[column][1]
+        value = values[int(row) - int(self._ends[group])].as_py()  # counted from the end
         return value["bytes"] if isinstance(value, dict) else value
-
-
-def _split_columns(schema):
-    """Return which columns hold bytes, and where in them (``image.bytes``); and the plain ones."""
-    types, images, others = pyarrow.types, {}, []
-    for field in schema:
-        inner = field.type if types.is_struct(field.type) else ()
-        places = {f"{field.name}.{one.name}": one.type for one in inner if one.name == "bytes"}
-        for place, kind in {field.name: field.type, **places}.items():
-            if types.is_binary(kind) or types.is_large_binary(kind):
-                images[field.name] = place
-        if field.name not in images and not types.is_nested(field.type):
-            others.append(field.name)
-    return images, others
 
 
 _KINDS = {

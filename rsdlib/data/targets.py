@@ -12,7 +12,14 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import files, runtime, weights
-from rsdlib.data.clean import check_texts, find_words, normalise, prompt_key, without_surrogates
+from rsdlib.data.clean import (
+    check_texts,
+    find_words,
+    normalise,
+    prompt_key,
+    without_surrogates,
+    word_sets,
+)
 from rsdlib.errors import BadValueError, CacheError, CheckpointError, ConfigError, refusing
 
 # --- vocabulary -----------------------------------------------------------------------------------
@@ -65,9 +72,9 @@ class Vocabulary:
         """
         tagger = runtime.require("textblob.en.taggers", "textblob").PatternTagger()
         texts = list(dict.fromkeys(map(normalise, check_texts(prompts))))
-        frequency, tagged, votes = Counter(), Counter(), Counter()
-        for text in texts:
-            frequency.update(set(find_words(text)))
+        words, numbers, _ = word_sets(iter(texts))
+        frequency = dict(zip(words, np.bincount(numbers).tolist(), strict=True))
+        tagged, votes = Counter(), Counter()
         for text in heapq.nsmallest(_TAGGED, texts, key=prompt_key):
             tagged.update(tagger.tag(" ".join(_words_and_signs(text)), tokenize=False))
         for (word, label), count in tagged.items():
