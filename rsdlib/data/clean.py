@@ -220,14 +220,15 @@ def near_duplicates(prompts, threshold=0.8, seed=0):
     hashes = pd.util.hash_array(np.array(words, dtype=object))
     signatures = _shared_bands(hashes, numbers, starts, choose_bands(threshold, 0.005), seed)
 
+    @functools.lru_cache(2**15)
     def tokens(i):
-        return set(numbers[starts[i] : starts[i + 1]].tolist())
+        return frozenset(numbers[starts[i] : starts[i + 1]].tolist())
 
     kept = defaultdict(list)  # a band and what stands in it -> kept prompts
     drop = np.zeros(len(starts) - 1, dtype=bool)
     for i in np.flatnonzero(signatures.any(axis=0)).tolist():
         own, bands = tokens(i), signatures[:, i][signatures[:, i] > 0].tolist()
-        others = (tokens(other) for band in bands for other in kept[band])
+        others = map(tokens, {other for band in bands for other in kept[band]})
         drop[i] = any(len(own & other) / len(own | other) >= threshold for other in others)
         for band in () if drop[i] else bands:
             kept[band].append(i)
