@@ -220,7 +220,6 @@ def near_duplicates(prompts, threshold=0.8, seed=0):
     hashes = pd.util.hash_array(np.array(words, dtype=object))
     signatures = _shared_bands(hashes, numbers, starts, choose_bands(threshold, 0.005), seed)
 
-    @functools.lru_cache(2**15)
     def tokens(i):
         return frozenset(numbers[starts[i] : starts[i + 1]].tolist())
 
