@@ -16,7 +16,7 @@ MAX_PIXELS = 16_000_000  # of one image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # What Pillow is known to raise on broken files: the list of its own fuzz tests, and what ours met.
-_BROKEN_IMAGE = (*BROKEN_DATA, OSError, SyntaxError, IndexError, TypeError, OverflowError)
+_BROKEN_IMAGE = (*BROKEN_DATA, OSError, SyntaxError, TypeError, OverflowError)
 _BROKEN_IMAGE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 

@@ -25,12 +25,13 @@ from rsdlib.errors import BadArchiveError, BadImageError, refusing
 MAX_BYTES = 64 * 2**20  # of one file or member
 MAX_MEMBERS = 100_000  # of one archive; DiffusionDB's zips hold 1,001
 MAX_RATIO = 200  # unpacked to packed, of a member above 1 MiB
+MAX_GROUP = 4 * 2**30  # bytes of a row group, unpacked: as much is in memory
 
 # Not a plain relative path by the rules of either POSIX or Windows: empty, absolute, drive,
 # backslash, NUL, or climbing.
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|//|(^|/)\.{1,2}(/|$)")
 BROKEN_DATA = (EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
-BROKEN_DATA += (tarfile.TarError, pyarrow.ArrowException)
+BROKEN_DATA += (tarfile.TarError, pyarrow.ArrowException, IndexError)
 
 
 @contextlib.contextmanager
@@ -65,7 +66,8 @@ class _Part:
 
     def read(self, name):
         """Return the member's bytes."""
-        with refusing(BROKEN_DATA, BadImageError, name, self.where, "it is damaged ({})"):
+        broken = (*BROKEN_DATA, OSError)
+        with refusing(broken, BadImageError, name, self.where, "it cannot be read ({})"):
             content = self._read(name)
         if content is None:
             raise BadImageError(name, self.where, "there is no such file or member")
@@ -86,8 +88,7 @@ class _Folder(_Part):
         path = self._archive / name
         if not path.is_file():  # a named pipe would block
             return None
-        closed = refusing(PermissionError, BadImageError, name, self.where, "no permission to read")
-        with closed, path.open("rb") as stream:
+        with path.open("rb") as stream:
             return stream.read(MAX_BYTES + 1)
 
 
@@ -193,13 +194,14 @@ class _Parquet(_Part):
                 self.columns[name] = leaf.path
             elif not dot:
                 self.others.append(name)
+        # A group's columns are not looked at: Arrow ends the process where they are damaged.
         groups = [about.row_group(group) for group in range(about.num_row_groups)]
-        self._ends = np.cumsum([group.num_rows for group in groups], dtype=int)
-        if about.num_rows * len(self.columns) > MAX_MEMBERS:
-            raise ValueError("it has too many images")
-        for chunk in (group.column(i) for group in groups for i in range(about.num_columns)):
-            if chunk.total_uncompressed_size > max(2**20, MAX_RATIO * chunk.total_compressed_size):
-                raise ValueError(_TOO_DENSE)
+        rows = [group.num_rows for group in groups]
+        self._ends = np.cumsum(rows, dtype=int)
+        if sum(rows) != about.num_rows or sum(rows) * len(self.columns) > MAX_MEMBERS:
+            raise ValueError("its rows are miscounted, or too many")
+        if any(group.total_byte_size > MAX_GROUP for group in groups):
+            raise ValueError(f"a row group unpacks to more than {MAX_GROUP:,} bytes")
 
     def names(self):
         """Return the names of the images, one a row and column."""
