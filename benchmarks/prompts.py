@@ -4,12 +4,14 @@
     python benchmarks/prompts.py --full             # near-duplicates up to 200,000 prompts
     python benchmarks/prompts.py --prompts FILE.gz  # clean a list of prompts, one a line, as text
 
+The peer rensa is not among the requirements: ``pip install rensa``, or its rows are left out.
 Times are CPU seconds of this process, pinned to one core where the system allows it.
 """
 
 import argparse
 import functools
 import gzip
+import importlib.util
 import re
 import resource
 import statistics
@@ -141,6 +143,8 @@ def bench_near_duplicates(sizes, threshold=0.8):
             "rensa alone": lambda n=n: rensa_alone(texts[:n], threshold),
             "ours": lambda n=n: data.near_duplicates(texts[:n], threshold),
         }
+        if importlib.util.find_spec("rensa") is None:
+            del methods["rensa alone"]
         for name, method in methods.items():
             seconds, drop = cpu_seconds(method)
             truth = drop if truth is None else truth  # the exact join comes first

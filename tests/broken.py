@@ -3,10 +3,12 @@
 Each entry of a table is a name and a function, so that collecting tests costs nothing.
 """
 
+import gzip
 import io
 import json
 import stat
 import struct
+import tarfile
 import zipfile
 import zlib
 
@@ -323,6 +325,85 @@ BROKEN_MEMBERS = {
     ),
     "less than it states": lambda: patch_entry(zip_bytes(_GOOD), 24, "<I", 60_000),
     "zip in the zip": lambda: zip_bytes({"a.png": zip_bytes(_GOOD), "b.png": _GOOD["b.png"]}),
+}
+
+# --- tars -----------------------------------------------------------------------------------------
+
+
+def tar_bytes(*members, **fields):
+    """Return a tar of (name, bytes), under any names; `fields` are the first entry's."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in members:
+            entry = tarfile.TarInfo("x")
+            entry.size, entry.pax_headers = len(data), {"path": name}
+            for field, value in fields.items():
+                setattr(entry, field, value)
+            fields = {}
+            archive.addfile(entry, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def _good_tar():
+    return tar_bytes(*_GOOD.items(), ("a.txt", b"x"))
+
+
+def _tar_of_large_header():
+    """Return a tar whose first entry claims 65 MiB of attributes."""
+    data = bytearray(_good_tar())
+    data[124:136] = b"%011o\0" % (65 * 2**20)
+    data[148:156] = b"%06o\0 " % (256 + sum(data[:148]) + sum(data[156:512]))
+    return bytes(data)
+
+
+BROKEN_TARS = {
+    **{
+        f"name {name!r}": (lambda name=name: tar_bytes(("ok.png", b""), (name, b"")))
+        for name in UNSAFE_NAMES
+    },
+    "empty file": lambda: b"",
+    "HTML": lambda: BROKEN_IMAGES["HTML error page"](),
+    "gzipped": lambda: gzip.compress(_good_tar()),
+    "cut in half": lambda: _good_tar()[: 512 * 4],
+    "cut between two entries": lambda: _good_tar()[: _good_tar().index(b"path=b.png") - 519 - 512],
+    "no end": lambda: _good_tar().rstrip(b"\0"),
+    "a header flipped": lambda: flip(data := _good_tar(), data.index(b"path=b.png") - 512),
+    "something behind its end": lambda: _good_tar() + b"x",
+    "symlink": lambda: tar_bytes(("ok.png", b""), type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "hard link": lambda: tar_bytes(("ok.png", b""), type=tarfile.LNKTYPE, linkname="b.png"),
+    "named pipe": lambda: tar_bytes(("ok.png", b""), type=tarfile.FIFOTYPE),
+    "member twice": lambda: tar_bytes(("ok.png", b"1"), ("ok.png", b"2")),
+    "member of 65 MiB": lambda: tar_bytes(("ok.png", bytes(65 * 2**20))),
+    "attributes of 65 MiB": _tar_of_large_header,
+    "too many members": lambda: tar_bytes(*((f"{i:04d}.png", b"") for i in range(60))),
+}
+
+# --- Parquet files with images --------------------------------------------------------------------
+
+
+def parquet_bytes(table, **options):
+    """Return a table of columns as a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stream = io.BytesIO()
+    pq.write_table(pa.table(table), stream, **options)
+    return stream.getvalue()
+
+
+def _good_parquet():
+    return parquet_bytes({"caption": ["x", "y"], "jpg_0": [*_GOOD.values()]})
+
+
+BROKEN_PARQUETS = {
+    "empty file": lambda: b"",
+    "HTML": lambda: BROKEN_IMAGES["HTML error page"](),
+    "cut in half": lambda: (data := _good_parquet())[: len(data) // 2],
+    "cut by one byte": lambda: _good_parquet()[:-1],
+    "bomb by ratio": lambda: parquet_bytes(
+        {"caption": ["x"], "jpg_0": [b" " * 3_000_000]}, compression="zstd"
+    ),
+    "too many images": lambda: parquet_bytes({"caption": ["x"] * 60, "jpg_0": [b""] * 60}),
 }
 
 # --- folders --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import broken
@@ -20,7 +21,8 @@ import torch
 from PIL import Image, ImageFile
 
 from rsdlib import data, files
-from rsdlib.data import pairs as readers
+from rsdlib.data import pairs as pair_readers
+from rsdlib.data import parts as readers
 from rsdlib.errors import (
     BadArchiveError,
     BadImageError,
@@ -200,6 +202,24 @@ def test_broken_zip_is_refused_and_writes_nothing(name, source, monkeypatch):
     assert sorted(source.parent.rglob("*")) == before
 
 
+OTHER_ARCHIVES = [("tar", name, make) for name, make in broken.BROKEN_TARS.items()]
+OTHER_ARCHIVES += [("parquet", name, make) for name, make in broken.BROKEN_PARQUETS.items()]
+
+
+@pytest.mark.parametrize(("kind", "name", "make"), OTHER_ARCHIVES)
+def test_broken_archive_is_refused_and_writes_nothing(kind, name, make, source, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_MEMBERS", 50)
+    path = source / f"00000.{kind}"
+    path.write_bytes(make())
+    before = sorted(source.parent.rglob("*"))
+    for read in (lambda: data.open_image(f"{path}::ok.png"), lambda: data.load_pairs(source)):
+        with pytest.raises(BadArchiveError, match=rf"00000\.{kind}") as refused:
+            read()
+        assert refused.value.fix
+        assert "\n" not in str(refused.value)
+    assert sorted(source.parent.rglob("*")) == before
+
+
 @pytest.mark.parametrize("name", broken.BROKEN_MEMBERS)
 def test_broken_member_is_refused_alone(name, tmp_path):
     part = tmp_path / "part-000001.zip"
@@ -258,7 +278,7 @@ def test_order_of_rows_does_not_matter(source):
     frame.sample(frac=1, random_state=1).to_parquet(source / "metadata.parquet")
     same(data.load_pairs(source), pairs)
     same(data.load_pairs(source, limit=4), few)
-    same(few, pairs.iloc[:4])
+    same(few, pairs[pairs["part_id"] == 1].iloc[:4].reset_index(drop=True))
     with pytest.raises(ConfigError):
         data.load_pairs(source, limit=0)
 
@@ -493,6 +513,199 @@ def test_bad_plain_table(source, name, text, message):
     (source / f"metadata.{name}").write_text(text)
     with pytest.raises(BadTableError, match=message):
         data.load_pairs(source)
+
+
+# --- DiffusionDB Large, and parts that are not opened ---------------------------------------------
+
+
+def test_large_is_read_from_its_two_folders(source):
+    frame = broken.diffusiondb(source, parts=2, format="WEBP")
+    expected = data.load_pairs(source)
+    members = broken.read_part(source, 2)
+    members["part-010001.json"] = members.pop("part-000002.json")
+    broken.write_part(source, 10_001, members)
+    for number, folder in ((1, 1), (10_001, 2)):
+        (source / f"diffusiondb-large-part-{folder}").mkdir()
+        name = f"part-{number:06}.zip"
+        (source / "images" / name).rename(source / f"diffusiondb-large-part-{folder}" / name)
+    frame.replace({"part_id": {2: 10_001}}).to_parquet(source / "metadata-large.parquet")
+    (source / "metadata.parquet").unlink()
+    (source / "images" / "part-000002.zip").rename(source / "images" / "part-000001.zip")  # of 2M
+    pairs = data.load_pairs(source)
+    assert [*pairs["part_id"].unique()] in ([1, 10_001], [10_001, 1])
+    same(pairs.drop(columns=["image", "part_id"]), expected.drop(columns=["image", "part_id"]))
+    assert all(data.open_image(locator).format is None for locator in pairs["image"])
+    assert pairs["image"].str.contains("/diffusiondb-large-part-").all()
+
+
+def test_a_limit_opens_no_further_part(source):
+    frame = broken.diffusiondb(source, parts=4)
+    pairs = data.load_pairs(source)
+    for number in (3, 4):
+        (source / "images" / f"part-{number:06}.zip").write_bytes(b"")
+    by_part = pairs.sort_values(["part_id", "id"]).iloc[:7].sort_values("id", ignore_index=True)
+    same(data.load_pairs(source, limit=7), by_part)
+    (source / "metadata.parquet").unlink()
+    columns = ["id", "prompt", "image", "part_id", "seed"]
+    same(data.load_pairs(source, limit=7)[columns], by_part[columns])
+    with pytest.raises(BadArchiveError, match="part-000003"):
+        data.load_pairs(source, limit=11)
+    frame.to_parquet(source / "metadata.parquet")
+    with pytest.raises(BadArchiveError, match="part-000003"):
+        data.load_pairs(source, limit=11)
+
+
+def test_each_part_is_opened_once_and_only_if_rows_are_about_it(source, monkeypatch):
+    frame = broken.diffusiondb(source, parts=5)
+    opened, open_part = [], pair_readers.open_part
+    monkeypatch.setattr(pair_readers, "open_part", lambda p: opened.append(p.name) or open_part(p))
+    names = [f"part-{number:06}.zip" for number in range(1, 6)]
+    data.load_pairs(source)
+    assert sorted(opened) == names
+    opened.clear()
+    frame.query("part_id != 3").to_parquet(source / "metadata.parquet")
+    data.load_pairs(source)
+    assert sorted(opened) == names[:2] + names[3:]
+    opened.clear()
+    (source / "metadata.parquet").unlink()
+    data.load_pairs(source)
+    assert sorted(opened) == names
+
+
+def test_who_made_an_image_and_when_is_not_carried(source):
+    frame = broken.diffusiondb(source)
+    expected = data.load_pairs(source)
+    frame["user_name"], frame["timestamp"] = "somebody", pd.Timestamp("2022-08-07", tz="UTC")
+    frame.to_parquet(source / "metadata.parquet")
+    same(data.load_pairs(source), expected)
+
+
+# --- archives without a table ---------------------------------------------------------------------
+
+
+def write_tars(folder, tars=3, images=4):
+    """Write a WebDataset; return the expected rows of id, prompt and seed, and the images."""
+    rows, pictures = [], []
+    for tar in range(tars):
+        members = []
+        for i in range(images):
+            seed = 10 * tar + i
+            suffix, format = (("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG"))[i % 3]
+            about = {"seed": seed, "width": 48, "key": f"{i:09d}", "embedding": [0.5]}
+            if i % 2:
+                about["caption"] = f"a photo of the number {seed}"
+            else:
+                members.append((f"{i:09d}.txt", b"a photo of the number %d" % seed))
+            members.append((f"{i:09d}.json", json.dumps(about).encode()))
+            pictures.append(broken.encode(broken.photo(seed=seed), format))
+            members.append((f"{i:09d}.{suffix}", pictures[-1]))
+            name = f"deep/{tar:05d}/{i:09d}.{suffix}"
+            rows.append((name, f"a photo of the number {seed}", seed))
+        members.append(("readme.txt", b"no image has this name"))
+        (folder / "deep").mkdir(exist_ok=True)
+        (folder / "deep" / f"{tar:05d}.tar").write_bytes(broken.tar_bytes(*members))
+    return pd.DataFrame(rows, columns=["id", "prompt", "seed"]), pictures
+
+
+def test_webdataset(source, tmp_path, monkeypatch):
+    expected, pictures = write_tars(source)
+    pairs = data.load_pairs(source)
+    same(pairs[["id", "prompt", "seed"]], expected)
+    assert [*pairs.columns] == ["id", "prompt", "image", "seed", "width", "key"]
+    monkeypatch.chdir(tmp_path)
+    for locator, picture in zip(pairs["image"], pictures, strict=True):
+        assert data.open_image(locator) == data.decode_image(picture)
+    store = data.ImageStore.build(pairs, SIZE)
+    assert (store.batch(range(len(pairs))) == fresh(pairs)).all()
+    (source / "deep" / "00002.tar").write_bytes(b"")
+    same(data.load_pairs(source, limit=6), pairs.iloc[:6])
+    with pytest.raises(BadArchiveError, match=r"00002\.tar"):
+        data.load_pairs(source, limit=9)
+
+
+def test_webdataset_says_what_is_wrong(source):
+    picture, tar = broken.encode(broken.photo()), source / "0.tar"
+    for about, message in (
+        (b"{", r"a\.json of .*0\.tar"),
+        (b"[]", "object"),
+        (b'{"text": 1}', "text"),
+    ):
+        tar.write_bytes(broken.tar_bytes(("a.png", picture), ("a.json", about)))
+        with pytest.raises(BadTableError, match=message):
+            data.load_pairs(source)
+    tar.write_bytes(broken.tar_bytes(("a.png", picture), ("b.PNG", picture), ("b.txt", b"\xff x")))
+    pairs = data.load_pairs(source)
+    assert [*pairs["id"]] == ["0/a.png", "0/b.PNG"]
+    assert pd.isna(pairs["prompt"][0])
+    assert pairs["prompt"][1] == "\ufffd x"
+    cut = broken.BROKEN_IMAGES["PNG cut at 0.5"]()
+    tar.write_bytes(broken.tar_bytes(("a.png", cut), ("a.txt", b"x")))
+    with pytest.raises(BadImageError) as error:
+        data.open_image(f"{tar}::a.png")
+    assert (error.value.id, error.value.part) == ("a.png", "source/0.tar")
+    with pytest.raises(BadImageError, match="no such"):
+        data.open_image(f"{tar}::b.png")
+    tar.write_bytes(broken.tar_bytes(("a.txt", b"x")))
+    with pytest.raises(BadTableError, match="neither"):
+        data.load_pairs(source)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["bytes", "struct"])
+def test_parquet_with_images(source, nested):
+    (source / "data").mkdir()
+    pictures = [broken.encode(broken.photo(seed=seed), "JPEG") for seed in range(20)]
+    holders = [{"bytes": picture, "path": "x"} for picture in pictures] if nested else pictures
+    for number in (0, 1):
+        rows = range(5 * number, 5 * number + 5)
+        table = {
+            "caption": [f"a photo of the number {row}" for row in rows],
+            "jpg_0": [holders[2 * row] for row in rows],
+            "jpg_1": [holders[2 * row + 1] for row in rows],
+            "seed": [*rows],
+            "scores": [[0.5]] * 5,
+        }
+        content = broken.parquet_bytes(table, row_group_size=2)
+        (source / "data" / f"train-{number}.parquet").write_bytes(content)
+    pairs = data.load_pairs(source)
+    assert [*pairs.columns] == ["id", "prompt", "image", "seed"]
+    places = [(row // 5, row % 5, side, row) for row in range(10) for side in (0, 1)]
+    assert [*pairs["id"]] == [f"data/train-{n}/{r:06}/jpg_{side}" for n, r, side, _ in places]
+    assert [*pairs["prompt"]] == [f"a photo of the number {row}" for *_, row in places]
+    expected = [data.decode_image(picture) for picture in pictures]
+    for i in np.random.default_rng(0).permutation(20):
+        assert data.open_image(pairs["image"][i]) == expected[i]
+    with readers.open_part(source / "data" / "train-0.parquet") as part:  # in any order, and twice
+        for i in np.random.default_rng(1).integers(10, size=40):
+            assert part.read(f"{i // 2:06}/jpg_{i % 2}") == pictures[i]
+        assert part.names() == {f"{row:06}/jpg_{side}" for row in range(5) for side in (0, 1)}
+        assert part.crc("000001/jpg_0") == zlib.crc32(pictures[2])
+        for name in ("000005/jpg_0", "-1/jpg_0", "0/caption", "0", "x/jpg_0"):
+            with pytest.raises(BadImageError, match="no such"):
+                part.read(name)
+    store = data.ImageStore.build(pairs, SIZE)
+    assert (store.batch(range(20)) == fresh(pairs)).all()
+    (source / "data" / "train-1.parquet").write_bytes(b"")
+    same(data.load_pairs(source, limit=3), pairs.iloc[:3])
+
+
+def test_parquet_with_images_says_what_is_wrong(source):
+    picture, path = broken.encode(broken.photo()), source / "0.parquet"
+    path.write_bytes(broken.parquet_bytes({"words": ["x"], "jpg_0": [picture]}))
+    with pytest.raises(BadTableError, match="no column 'prompt' or 'text' or 'caption'"):
+        data.load_pairs(source)
+    path.write_bytes(broken.parquet_bytes({"text": ["x"]}))
+    with pytest.raises(BadTableError, match="neither"):
+        data.load_pairs(source)
+    path.write_bytes(broken.parquet_bytes({"text": ["x", None], "jpg_0": [None, picture]}))
+    pairs = data.load_pairs(source)
+    assert [pd.isna(prompt) for prompt in pairs["prompt"]] == [False, True]
+    with pytest.raises(BadImageError, match="000000/jpg_0"):
+        data.open_image(pairs["image"][0])
+    assert data.open_image(pairs["image"][1]) == broken.photo()
+    flipped = broken.parquet_bytes({"text": ["x"], "jpg_0": [picture]}, compression="zstd")
+    path.write_bytes(broken.flip(flipped, flipped.index(b"PNG") + 2000))
+    with pytest.raises(BadImageError, match="000000/jpg_0"):
+        data.open_image(f"{path}::000000/jpg_0")
 
 
 # --- the store ------------------------------------------------------------------------------------

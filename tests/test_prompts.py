@@ -1,8 +1,10 @@
 """Prompts: identity, cleaning, near-duplicates, the split, vocabulary labels, MiniLM targets."""
 
 import importlib
+import itertools
 import json
 import random
+import re
 import socket
 import time
 import unicodedata
@@ -114,6 +116,18 @@ def test_normalise_is_idempotent_and_does_not_see_the_encoding():
 def test_what_looks_alike_is_one_prompt(one, other):
     assert data.normalise(one) == data.normalise(other)
     assert data.prompt_key(one) == data.prompt_key(other)
+
+
+def test_the_short_ways_for_plain_texts_change_nothing():
+    """Words, tidied and normalised texts as the general rules have them, of every sign."""
+    rng = np.random.default_rng(0)
+    signs = [chr(c) for c in range(0x3000)] + [chr(c) for c in range(0x1F000, 0x1F700)]
+    texts = [f"a {sign} B" for sign in signs] + ["".join(rng.choice(signs, 9)) for _ in range(999)]
+    for text in [*texts, *ODD.values()]:
+        marked = text + "\u200b"  # which the short ways leave to the general rules
+        assert data.tidy(text) == data.tidy(marked)
+        assert data.normalise(text) == data.normalise(marked)
+        assert cleaning.find_words(text) == re.findall(r"\w+", text)
 
 
 def test_tidy_keeps_case_and_joiners_and_drops_what_no_file_takes():
@@ -287,6 +301,20 @@ def test_near_duplicates_against_every_pair(threshold):
         assert any(len(sets[i] & other) / len(sets[i] | other) >= threshold for other in kept)
 
 
+def test_word_sets_are_the_words_of_each_text(monkeypatch):
+    monkeypatch.setattr(cleaning, "_CHUNK", 100)
+    texts = [*map(data.normalise, [*similar_prompts(950, np.random.default_rng(4)), *ODD.values()])]
+    texts += ["", "! ?", "!", "! ?", "a ! a"]
+    words, numbers, starts = cleaning.word_sets(iter(texts))
+    found = [numbers[a:b].tolist() for a, b in itertools.pairwise(starts)]
+    expected = [set(re.findall(r"\w+", text)) or {text} for text in texts]
+    assert [*map(len, found)] == [*map(len, map(set, found))] == [*map(len, expected)]
+    assert len(set(words)) == len(words) == len(set().union(*expected))
+    assert {words[i] for i in found[0]} == expected[0]
+    for i, j in np.random.default_rng(0).integers(len(texts), size=(9000, 2)):
+        assert len({*found[i]} & {*found[j]}) == len(expected[i] & expected[j])
+
+
 def test_near_duplicates_keep_the_first_and_compare_wordless_prompts_as_text():
     texts = ["a b c d e", "A, B; C d E!", "a b c d", "a b c", "🎨", "🎨\ufe0f", "✨", "", "  "]
     dropped = [texts[i] for i in np.flatnonzero(data.near_duplicates(texts, 0.8))]
@@ -337,6 +365,18 @@ def test_encode_equals_counting():
         expected = [word in cleaning.find_words(data.normalise(text)) for text in texts]
         assert labels[:, column].tolist() == expected
     assert (np.diff(labels.sum(0)) <= 0).all()  # most frequent first
+
+
+def test_of_many_prompts_some_are_tagged_and_all_count(monkeypatch):
+    made = similar_prompts(400, np.random.default_rng(5))
+    whole = data.Vocabulary.fit(made)
+    monkeypatch.setattr(targets, "_TAGGED", 100)
+    some = data.Vocabulary.fit(made)
+    assert data.Vocabulary.fit(made[::-1]) == some  # the prompts' keys choose, not their order
+    assert 20 < len(some.words) <= len(whole.words)
+    assert [word for word in whole.words if word in set(some.words)] == [*some.words]
+    tagged = sorted({data.normalise(text) for text in made}, key=data.prompt_key)[:100]
+    assert set(data.Vocabulary.fit(tagged).words) == set(some.words)
 
 
 def test_vocabulary_survives_its_file_and_notices_changes(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 
 from rsdlib import files, runtime, weights
-from rsdlib.data.pairs import open_part
+from rsdlib.data.parts import open_part
 from rsdlib.errors import BadArchiveError, ConfigError, FetchError, RunBusyError, refusing
 
 _HUB = {"repo_id": "poloclub/diffusiondb", "repo_type": "dataset"}

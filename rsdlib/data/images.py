@@ -2,20 +2,21 @@
 
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rsdlib import files
-from rsdlib.data.pairs import BROKEN_DATA, open_part
+from rsdlib.data.parts import BROKEN_DATA, open_part
 from rsdlib.errors import BadImageError, ConfigError, refusing
 
 MAX_PIXELS = 16_000_000  # of one image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # What Pillow is known to raise on broken files: the list of its own fuzz tests, and what ours met.
-_BROKEN_IMAGE = (*BROKEN_DATA, OSError, SyntaxError, IndexError, TypeError, OverflowError)
+_BROKEN_IMAGE = (*BROKEN_DATA, OSError, SyntaxError, TypeError, OverflowError)
 _BROKEN_IMAGE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -39,18 +40,22 @@ def open_image(locator):
         The image is absent, damaged, larger than `MAX_PIXELS`, animated (no frame is *the* image),
         of a format outside `FORMATS`, or holds 32-bit values, whose range is not known.
     BadArchiveError
-        The zip that holds it is damaged or hostile.
+        The archive that holds it is damaged or hostile.
     """
-    place, name = split_locator(locator)
-    path = files.resolve_path(place if place.endswith(".zip") else locator)
-    with open_part(path if place.endswith(".zip") else path.parent) as part:
+    archived = _archived(str(locator))
+    path = files.resolve_path(archived[1] if archived else locator)
+    name = archived[2] if archived else path.name
+    with open_part(path if archived else path.parent) as part:
         return decode_image(part.read(name), name, part.where)
 
 
+_archived = re.compile(r"(.+?\.(?:zip|tar|parquet))::(.*)", re.S).fullmatch
+
+
 def split_locator(locator):
-    """Return a locator's zip or folder, and the name inside."""
-    archive, mark, name = str(locator).partition(".zip::")
-    return (archive + ".zip", name) if mark else os.path.split(locator)
+    """Return a locator's archive or folder, and the name inside."""
+    archived = _archived(str(locator))
+    return archived.groups() if archived else os.path.split(locator)
 
 
 def decode_image(data, id="image", part="memory"):

@@ -1,171 +1,70 @@
-"""Image-prompt pairs on disk: DiffusionDB's layout or a plain folder, in zips or loose files.
+"""Image-prompt pairs on disk in five layouts, read as one table and held against their parts."""
 
-Whatever lies on disk may be broken or hostile. Zips are judged by their directory and read in
-memory, member by expected name, never extracted; what is refused is refused by name and with a
-reason.
-"""
-
-import contextlib
+import concurrent.futures
 import gzip
+import itertools
 import json
 import os
 import re
-import stat
-import struct
-import zipfile
 import zlib
+from collections import defaultdict, deque
 from pathlib import Path
 
 import pandas as pd
 import pyarrow
+import pyarrow.parquet
 
 from rsdlib import files, runtime
 from rsdlib.data.clean import tidy
+from rsdlib.data.parts import open_part
 from rsdlib.errors import BadArchiveError, BadImageError, BadTableError, ConfigError, refusing
 
-MAX_BYTES = 64 * 2**20  # of one file or zip member
-MAX_MEMBERS = 100_000  # of one zip; DiffusionDB's hold 1,001
-MAX_RATIO = 200  # unpacked to packed, of a member above 1 MiB
-
-# --- parts: zips and folders of images ------------------------------------------------------------
-
-# Not a plain relative path by the rules of either POSIX or Windows: empty, absolute, drive,
-# backslash, NUL, or climbing.
-_UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|//|(^|/)\.{1,2}(/|$)")
-BROKEN_DATA = (EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
-
-
-@contextlib.contextmanager
-def open_part(path):
-    """Open a zip or a folder of images."""
-    where = files.relative(path)
-    if path.suffix == ".zip":
-        message = f"{where} cannot be opened as a zip: {{}}"
-        with refusing((*BROKEN_DATA, OSError), BadArchiveError, message, "Download it again."):
-            archive = zipfile.ZipFile(path)
-        with archive:
-            yield _Zip(archive, where)
-    else:
-        yield _Folder(path, where)
-
-
-class _Zip:
-    """One zip, open for reading; every member's entry is judged before any is read."""
-
-    def __init__(self, archive, where):
-        self.where, self._archive = where, archive
-        self._members = {}
-        if len(archive.infolist()) > MAX_MEMBERS:
-            raise BadArchiveError(f"{where} has over {MAX_MEMBERS:,} members", "Do not use it.")
-        for member in archive.infolist():
-            name = member.orig_filename  # `filename` is cut at a NUL, its separators are replaced
-            reason = "its name stands twice" if name in self._members else _why_refused(member)
-            if reason:
-                raise BadArchiveError(f"{where}, member {name!r}: {reason}", "Do not use it.")
-            self._members[name] = member
-
-    def names(self):
-        """Return the names of the members."""
-        return {name for name, member in self._members.items() if not member.is_dir()}
-
-    def crc(self, name):
-        """Return the member's CRC-32 as the zip's directory states it, None without a member."""
-        return self._members[name].CRC if name in self._members else None
-
-    def read(self, name):
-        """Return the member's bytes; the CRC-32 and the stated size must hold."""
-        if name not in self._members:
-            raise BadImageError(name, self.where, "the zip has no such member")
-        member = self._members[name]
-        damaged = refusing(BROKEN_DATA, BadImageError, name, self.where, "it is damaged ({})")
-        with damaged, self._archive.open(member) as stream:
-            content = stream.read(member.file_size + 1)  # inflates no more than it is asked for
-        if len(content) != member.file_size:
-            raise BadImageError(name, self.where, "the zip member is cut short")
-        return content
-
-
-def _why_refused(member):
-    """Return why an entry of a zip's directory is refused, None if it is not."""
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    method, known = member.compress_type, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    largest = max(2**20, MAX_RATIO * member.compress_size)
-    refusals = {
-        "its name is not a plain relative path": _UNSAFE.search(member.orig_filename),
-        "it is a link or a special file": kind not in (0, stat.S_IFREG, stat.S_IFDIR),
-        "its entry points outside the file": member.header_offset < 0,
-        "it is encrypted": member.flag_bits & 0x1,
-        f"its compression method {method} is neither stored nor deflated": method not in known,
-        f"it unpacks to more than {MAX_BYTES:,} bytes": member.file_size > MAX_BYTES,
-        f"it unpacks to more than {MAX_RATIO} times its size": member.file_size > largest,
-    }
-    return next((reason for reason, applies in refusals.items() if applies), None)
-
-
-class _Folder:
-    """One folder of loose files."""
-
-    def __init__(self, path, where):
-        self.where, self._path = where, path
-
-    def names(self):
-        """Return the names of the files."""
-        with os.scandir(self._path) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-
-    def crc(self, name):
-        """Return the CRC-32 of the file's bytes, None if it cannot be read."""
-        with contextlib.suppress(BadImageError):
-            return zlib.crc32(self.read(name))
-        return None
-
-    def read(self, name):
-        """Return the file's bytes."""
-        path = self._path / name
-        if not path.is_file():  # a named pipe would block
-            raise BadImageError(name, self.where, "there is no such file")
-        closed = refusing(PermissionError, BadImageError, name, self.where, "no permission to read")
-        with closed, path.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise BadImageError(name, self.where, f"it has more than {MAX_BYTES:,} bytes")
-        return content
-
-
-# --- both layouts ---------------------------------------------------------------------------------
+# --- all layouts ----------------------------------------------------------------------------------
 
 _TABLES = ("metadata.parquet", "metadata-large.parquet", "metadata.csv", "metadata.jsonl")
+_PROMPT = ("prompt", "text", "caption")
+_AT_ONCE = 8  # parts that are opened: they may lie on a slow disk
 
 
 def load_pairs(source, *, limit=None):
-    """Read the pairs of a folder in DiffusionDB's layout, or of a plain folder with a table.
+    """Read the pairs of a folder, in any of five layouts.
 
-    DiffusionDB's layout: ``metadata.parquet`` and parts ``images/part-000001.zip`` (or folders
-    ``images/part-000001/``; parts may also lie directly in `source`), each with a JSON. The table
-    or the JSONs may be absent; where both are there, they must agree. Rows of parts that are not on
-    disk are left out, and counted in the log. A part that lies there both as a zip and as a folder
-    is read from the zip.
+    DiffusionDB: ``metadata.parquet`` and parts ``images/part-000001.zip`` (or folders
+    ``images/part-000001/``; parts may also lie directly in `source`), each with a JSON. DiffusionDB
+    Large: ``metadata-large.parquet``, its parts below ``diffusiondb-large-part-1/`` and ``-2/``, or
+    as above. The table or the JSONs may be absent; where both are there, they must agree. Rows of
+    parts that are not on disk are left out, and counted in the log, and so are the columns
+    ``user_name`` and ``timestamp``. A part that lies there both as a zip and as a folder is read
+    from the zip.
 
     Plain folder: ``metadata.csv`` or ``metadata.jsonl`` with a column ``file_name`` (or ``image``,
     ``image_name``, ``id``) and a column ``prompt`` (or ``text``, ``caption``). A file name may lack
     its suffix.
+
+    WebDataset: tars in `source` or the folders in it; an image's prompt is in the ``.txt`` of the
+    same name, or in the ``.json``, whose further values become columns.
+
+    Parquet files in `source` or the folders in it: a column ``prompt`` (or ``text``, ``caption``),
+    and one or more with the images' bytes; a row is as many pairs. Other tables have no name that
+    ends in ``.parquet``.
 
     Parameters
     ----------
     source : path-like
         Several folders are separated as in ``PATH`` (by ``:``, on Windows by ``;``).
     limit : int, optional
-        Keep the first so many ids of each folder in sorted order. With ``metadata.parquet``, only
-        the parts that hold them are opened.
+        Keep so many pairs of each folder: of the first part the smallest ids, then of the second,
+        and so on; the others are not opened.
 
     Returns
     -------
     pandas.DataFrame
         Sorted by id, whatever the order of the table. ``id`` : str, the image's name as the table
-        has it. ``prompt`` : str as found, missing ones are missing (`pandas.isna`). ``image`` :
-        str, a locator for `open_image`, the path of a file or ``<path of a zip>::<member>``;
-        absolute, so that it names one file from any directory: store the id, not the locator. Then
-        every other column of the table, as found.
+        has it; in archives without a table, ``<archive>/<member>``. ``prompt`` : str as found,
+        missing ones are missing (`pandas.isna`). ``image`` : str, a locator for `open_image`, the
+        path of a file or ``<path of an archive>::<member>``; absolute, so that it names one file
+        from any directory: store the id, not the locator. Then every other column of the table, as
+        found.
 
     Raises
     ------
@@ -194,18 +93,33 @@ def _read_folder(source, limit):
         message = f"there is no folder {files.relative(source)}"
         raise BadTableError(message, "Check the path, or fetch the data first.")
     table = next((source / name for name in _TABLES if (source / name).is_file()), None)
-    if table is None or table.suffix == ".parquet":
-        frame = _read_diffusiondb(source, table, limit)
+    if table and table.suffix != ".parquet":
+        frame = _read_plain(source, table)
+    elif parts := _find_parts(source, large=table is None or table.name == _TABLES[1]):
+        frame = _read_diffusiondb(source, table, parts, limit)
     else:
-        frame = _read_plain(source, table).sort_values("id", ignore_index=True).iloc[:limit]
+        frame = _read_archives(source, limit)
+    frame = frame.sort_values("id", ignore_index=True).iloc[:limit]
     first = ["id", "prompt", "image"]
     return frame[first + [name for name in frame if name not in (*first, "file")]]
+
+
+def _each_part(read, parts, limit=None):
+    """Yield the rows that `read` finds in each part, in order, until there are `limit`."""
+    count = 0
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        for rows in runtime.track(pool.map(read, parts), "reading parts", len(parts)):
+            yield rows
+            count += len(rows)
+            if limit and count >= limit:
+                pool.shutdown(cancel_futures=True)
+                break
 
 
 # --- a plain folder -------------------------------------------------------------------------------
 
 _NAMES = ("file_name", "image", "image_name")
-_PLAIN = {"id": ("id", *_NAMES), "file": (*_NAMES, "id"), "prompt": ("prompt", "text", "caption")}
+_PLAIN = {"id": ("id", *_NAMES), "file": (*_NAMES, "id"), "prompt": _PROMPT}
 _SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -228,80 +142,96 @@ def _read_plain(source, table):
 _DIFFUSIONDB = dict.fromkeys(("id", "file"), ("image_name",))
 _DIFFUSIONDB |= {"prompt": ("prompt",), "part_id": ("part_id",)}
 _JSON_NAMES = {"p": "prompt", "se": "seed", "c": "cfg", "st": "step", "sa": "sampler"}
+_UNREAD = ("user_name", "timestamp")
 
 
-def _read_diffusiondb(source, table, limit):
-    parts = _find_parts(source)
+def _read_diffusiondb(source, table, parts, limit):
+    unlisted = []
     if table is None:
         where = f"the JSON files of {files.relative(source)}"
-        rows = [row for number, path in parts.items() for row in _json_rows(number, path)]
-        frame = pd.DataFrame(rows).rename(columns=_JSON_NAMES)
+        rows = _each_part(lambda part: _hold(*part, where, unlisted), parts.items(), limit)
+        frame = pd.DataFrame(itertools.chain.from_iterable(rows)).rename(columns=_JSON_NAMES)
     else:
-        where, frame = files.relative(table), _read_table(table)
-    frame = _checked(frame, where, _DIFFUSIONDB)
-    here = frame["part_id"].isin(list(parts))
-    if not here.all():
-        runtime.log(f"{(~here).sum():,} of {len(frame):,} rows are left out: no part on disk")
-    frame = frame[here].sort_values("id", ignore_index=True)
+        where, frame = files.relative(table), _read_rows(table, parts)
+    by = ["part_id"] if limit is None else ["part_id", "id"]
+    frame = _checked(frame, where, _DIFFUSIONDB).sort_values(by, kind="stable", ignore_index=True)
     chosen = frame.iloc[:limit]
-    opened = frame[frame["part_id"].isin(chosen["part_id"].unique())].groupby("part_id")
-    groups = runtime.track(opened, "checking parts")
-    unlisted = sum(_check_part(parts[number], rows, where) for number, rows in groups)
-    if unlisted:
-        runtime.log(f"{unlisted:,} files in the parts are not listed in {where}: left out")
-    places = zip(chosen["part_id"].map(parts), chosen["file"], strict=True)
-    images = [f"{path}{'::' if path.suffix else '/'}{name}" for path, name in places]
-    return chosen.assign(image=images)
+
+    def hold(part):
+        first, last = frame["part_id"].searchsorted([part, part + 1])
+        told = (frame[column].iloc[first:last].tolist() for column in ("id", "prompt"))
+        return _hold(part, parts[part], where, unlisted, dict(zip(*told, strict=True)))
+
+    if table is not None:
+        deque(_each_part(hold, chosen["part_id"].unique().tolist()), maxlen=0)
+    if any(unlisted):
+        runtime.log(f"{sum(unlisted):,} files in the parts are not listed in {where}: left out")
+    prefixes = {number: f"{path}{'::' if path.suffix else '/'}" for number, path in parts.items()}
+    return chosen.assign(image=chosen["part_id"].map(prefixes) + chosen["file"])
 
 
-def _find_parts(source):
+def _find_parts(source, large):
     """Return the parts in and below `source` by number, a zip before a folder."""
     parts = {}
-    for pattern in ("images/part-*.zip", "images/part-*", "part-*.zip", "part-*"):
-        for path in sorted(source.glob(pattern)):
+    for folder in (*(["diffusiondb-large-part-*/"] if large else []), "images/", ""):
+        for path in sorted(source.glob(f"{folder}part-*"), key=lambda path: path.suffix != ".zip"):
             number = re.fullmatch(r"part-(\d+)(\.zip)?", path.name)
             if number and (path.suffix == ".zip" or path.is_dir()):
                 parts.setdefault(int(number[1]), path)
-    if not parts:
-        message = f"{files.relative(source)} holds neither a table nor a part of DiffusionDB"
-        raise BadTableError(message, "See rsdlib.data.load_pairs for the layouts.")
-    return parts
+    return dict(sorted(parts.items()))
 
 
-def _check_part(path, rows, where):
-    """Hold a part against the table's rows and its JSON; count the files that are in neither."""
+def _read_rows(table, parts):
+    """Return the rows of a table that are about certain parts; the others never become Python's."""
+    where = files.relative(table)
+    broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
+    with broken, pyarrow.parquet.ParquetFile(table) as file:
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+        empty = schema.empty_table().to_pandas()
+    _column(empty, where, "part_id", _DIFFUSIONDB["part_id"])
+    columns = [name for name in schema.names if name not in _UNREAD]
+    frame = _read_table(table, columns, [("part_id", "in", list(parts))])
+    if len(frame) < rows:
+        runtime.log(f"{rows - len(frame):,} of {rows:,} rows are left out: no part on disk")
+    return frame
+
+
+def _hold(number, path, where, unlisted, prompts=None):
+    """Hold a part against its JSON and what the table tells; return the rows of a JSON alone.
+
+    `unlisted` gets the number of files that are in neither.
+    """
+    own, rows = f"{path.stem}.json", []
     with open_part(path) as part:
-        names, listed = part.names(), _read_part_json(part, path.stem) or {}
-        for name in (*rows["id"], *listed):
-            if name not in names:
-                message = f"image {name!r} is listed for {part.where} but is not in it"
-                raise BadArchiveError(message, "Download this part again.")
-        for name, prompt in zip(rows["id"], rows["prompt"], strict=True):
-            prompt = None if pd.isna(prompt) else prompt
-            if name in listed and listed[name].get("p") != prompt:
-                message = f"image {name!r}: {where} has the prompt {prompt!r}, {part.where} another"
-                raise BadTableError(message, "One of the two belongs to other data: fetch both.")
-        return len(names - set(rows["id"]) - {f"{path.stem}.json"})
+        names = part.names()
+        if prompts is None and own not in names:
+            raise BadTableError(f"{part.where} has no {own}", "Add it, or a table.")
+        listed = _read_json(part, own) if own in names else {}
+    if not all(isinstance(row, dict) for row in listed.values()):
+        raise BadTableError(f"{own} of {part.where} cannot be read: a row is no object", _FIX)
+    if prompts is None:
+        prompts = {name: row.get("p") for name, row in listed.items()}
+        rows = [row | {"image_name": name, "part_id": number} for name, row in listed.items()]
+    for name in sorted((prompts.keys() | listed) - names):
+        message = f"image {name!r} is listed for {part.where} but is not in it"
+        raise BadArchiveError(message, "Download this part again.")
+    for name in prompts.keys() & listed:
+        prompt = None if pd.isna(prompts[name]) else prompts[name]
+        if listed[name].get("p") != prompt:
+            message = f"image {name!r}: {where} has the prompt {prompt!r}, {part.where} another"
+            raise BadTableError(message, "One of the two belongs to other data: fetch both.")
+    unlisted.append(len(names - prompts.keys() - {own}))
+    return rows
 
 
-def _json_rows(number, path):
-    """Return the rows of one part's JSON."""
-    with open_part(path) as part:
-        listed = _read_part_json(part, path.stem)
-    if listed is None:
-        raise BadTableError(f"{part.where} has no {path.stem}.json", "Add it, or a table.")
-    return [row | {"image_name": name, "part_id": number} for name, row in listed.items()]
-
-
-def _read_part_json(part, stem):
-    if f"{stem}.json" not in part.names():
-        return None
-    message = f"{stem}.json of {part.where} cannot be read: {{}}"
+def _read_json(part, name):
+    """Return the JSON object in a member."""
+    message = f"{name} of {part.where} cannot be read: {{}}"
     with refusing((BadImageError, *_BROKEN), BadTableError, message, _FIX):
-        listed = json.loads(part.read(f"{stem}.json"), object_pairs_hook=_json_object)
-        if not (isinstance(listed, dict) and all(isinstance(row, dict) for row in listed.values())):
-            raise ValueError("it is not an object of objects")
-    return listed
+        value = json.loads(part.read(name), object_pairs_hook=_json_object)
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+    return value
 
 
 def _json_object(pairs):
@@ -310,8 +240,55 @@ def _json_object(pairs):
     for key, item in pairs:
         if key in value:
             raise ValueError(f"{key!r} stands twice")
-        value[key] = item.encode("utf-8", "replace").decode() if isinstance(item, str) else item
+        plain = not isinstance(item, str) or item.isascii()
+        value[key] = item if plain else item.encode("utf-8", "replace").decode()
     return value
+
+
+# --- archives without a table: WebDataset's tars, Parquet files with images -----------------------
+
+
+def _read_archives(source, limit):
+    paths = sorted(path for place in ("*", "*/*") for path in source.glob(f"{place}.*"))
+    paths = [p for p in paths if p.suffix in (".tar", ".parquet") and p.name not in _TABLES]
+    frames = list(_each_part(lambda path: _read_archive(path, source), paths, limit))
+    if not any(map(len, frames)):
+        message = f"{files.relative(source)} holds neither a table nor a part with images"
+        raise BadTableError(message, "See rsdlib.data.load_pairs for the layouts.")
+    frame = pd.concat(frames, ignore_index=True).iloc[:limit]
+    frame = _checked(frame, files.relative(source), {"id": ("id",), "prompt": _PROMPT})
+    return frame.rename(columns={"locator": "image"})
+
+
+def _read_archive(path, source):
+    """Return a row for each image in a tar or a Parquet file."""
+    with open_part(path) as part:
+        if path.suffix == ".tar":
+            frame = _read_samples(part)
+        else:
+            frame = _read_table(path, part.others).reset_index(drop=True)
+            rows = frame.index.map("{:06}/".format).astype(str)
+            frames = [frame.assign(member=rows + column) for column in part.columns]
+            frame = pd.concat([*frames, frame.iloc[:0].assign(member="")]).sort_values("member")
+    frame["id"] = f"{path.relative_to(source).with_suffix('')}/" + frame["member"]
+    return frame.assign(locator=f"{path}::" + frame.pop("member"))
+
+
+def _read_samples(part):
+    """Return a row for each image in a tar: what the files of the same name tell."""
+    samples, rows = defaultdict(dict), []
+    for member in sorted(part.names()):
+        name, suffix = re.fullmatch(r"((?:.*/)?[^./]*)(.*)", member, re.DOTALL).groups()
+        samples[name][suffix.lower()] = member
+    for members in samples.values():
+        row = _read_json(part, members[".json"]) if ".json" in members else {}
+        row = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        prompts = [row.pop(name) for name in _PROMPT if name in row]
+        if ".txt" in members:
+            prompts = [part.read(members[".txt"]).decode("utf-8", "replace")]
+        image = next((members[suffix] for suffix in _SUFFIXES if suffix in members), None)
+        rows.append(row | {"prompt": prompts[0] if prompts else None, "member": image})
+    return pd.DataFrame(rows, columns=None if rows else ["member"]).dropna(subset="member")
 
 
 # --- prompts alone --------------------------------------------------------------------------------
@@ -341,7 +318,7 @@ def load_prompts(path):
     where = files.relative(table)
     if table.suffix in (".parquet", ".csv", ".jsonl"):
         columns = ["prompt"] if table.name in _TABLES[:2] else None  # of DiffusionDB's thirteen
-        prompts = _column(_read_table(table, columns), where, "prompt", _PLAIN["prompt"]).dropna()
+        prompts = _column(_read_table(table, columns), where, "prompt", _PROMPT).dropna()
     else:
         opener = gzip.open if table.suffix == ".gz" else open
         broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
@@ -361,12 +338,12 @@ _BROKEN = (*_BROKEN, pyarrow.ArrowException)
 _FIX = "Write or download it again."
 
 
-def _read_table(path, columns=None):
+def _read_table(path, columns=None, filters=None):
     where = files.relative(path)
     broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
     with broken, path.open("rb") as stream:
         if path.suffix == ".parquet":
-            return pd.read_parquet(stream, columns=columns)
+            return pd.read_parquet(stream, columns=columns, filters=filters)
         if path.suffix == ".csv":  # None, null and NA stay words
             return pd.read_csv(stream, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         lines = stream.read().decode("utf-8-sig").split("\n")
@@ -408,7 +385,8 @@ def _column(frame, where, column, names):
     if column == "part_id":
         kind, fits = "whole numbers", pd.api.types.is_integer_dtype(values)
     else:
-        kind, fits = "text", all(isinstance(value, str) for value in values)
+        text = isinstance(values.dtype, pd.StringDtype) and not values.hasnans
+        kind, fits = "text", text or all(isinstance(value, str) for value in values)
     if not fits:
         raise BadTableError(f"column {name!r} of {where} does not hold {kind} throughout", _FIX)
     return frame[name]

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import heapq
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import files, runtime, weights
-from rsdlib.data.clean import check_texts, find_words, normalise, without_surrogates
+from rsdlib.data.clean import (
+    check_texts,
+    find_words,
+    normalise,
+    prompt_key,
+    without_surrogates,
+    word_sets,
+)
 from rsdlib.errors import BadValueError, CacheError, CheckpointError, ConfigError, refusing
 
 # --- vocabulary -----------------------------------------------------------------------------------
@@ -24,6 +32,7 @@ me we us our this that these those who whom which what there here such other ano
 many more most few less least several very too also just only even so not no nor as at by for from
 in into of off on onto out over per than then to up upon via with within without etc ie eg ll ve re
 don doesn didn isn aren wasn won"""
+_TAGGED = 50_000  # distinct prompts
 _words_and_signs = re.compile(r"\w+|[^\w\s]").findall
 
 
@@ -47,7 +56,8 @@ class Vocabulary:
 
         A word counts once a prompt, and a prompt once, however many images it has. A word belongs
         if it has at least two letters and nothing else, is no stop word, and most of its
-        occurrences are tagged NN*, JJ* or VB* by textblob's lexicon and rules. Ties in frequency go
+        occurrences are tagged NN*, JJ* or VB* by textblob's lexicon and rules. Of more than 50,000
+        distinct prompts, those with the smallest keys are tagged; all count. Ties in frequency go
         by the alphabet. Fewer words than `size` are all kept.
 
         Parameters
@@ -61,11 +71,12 @@ class Vocabulary:
         Vocabulary
         """
         tagger = runtime.require("textblob.en.taggers", "textblob").PatternTagger()
-        frequency, tagged = Counter(), Counter()
-        for text in dict.fromkeys(map(normalise, check_texts(prompts))):
-            frequency.update(set(find_words(text)))
+        texts = list(dict.fromkeys(map(normalise, check_texts(prompts))))
+        words, numbers, _ = word_sets(iter(texts))
+        frequency = dict(zip(words, np.bincount(numbers).tolist(), strict=True))
+        tagged, votes = Counter(), Counter()
+        for text in heapq.nsmallest(_TAGGED, texts, key=prompt_key):
             tagged.update(tagger.tag(" ".join(_words_and_signs(text)), tokenize=False))
-        votes = Counter()
         for (word, label), count in tagged.items():
             votes[word] += count if label.startswith(("NN", "JJ", "VB")) else -count
         words = {word for word in frequency if len(word) > 1 and word.isalpha() and votes[word] > 0}
