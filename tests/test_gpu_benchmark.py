@@ -152,6 +152,29 @@ def test_training_changes_every_weight_and_reading_none(gpu, monkeypatch, name, 
     assert all(moved) if trained else not any(moved)
 
 
+def test_events_time_a_device_that_answers_later(gpu, monkeypatch):
+    """The steps return at once; what the device needs for each is in the events alone."""
+    busy = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = busy[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    def step():
+        busy[0] += 20.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    seconds = gpu.median_seconds(step, torch.device("cuda"), 1)
+    assert seconds == pytest.approx(0.020)
+
+
 def test_the_slow_cosine_is_the_cosine(gpu):
     a, b = torch.randn(2, 5, 384, generator=torch.Generator().manual_seed(0))
     assert gpu.one_by_one(a, b) == pytest.approx(F.cosine_similarity(a, b).mean().item(), abs=1e-6)
