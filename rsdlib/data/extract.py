@@ -21,7 +21,8 @@ import pandas as pd
 
 from rsdlib import files, runtime
 from rsdlib.data.images import decode_image, resize, split_locator
-from rsdlib.data.pairs import load_pairs, open_part
+from rsdlib.data.pairs import load_pairs
+from rsdlib.data.parts import open_part
 from rsdlib.data.stores import Forward, Store, half, weights_key
 from rsdlib.errors import (
     BadImageError,
