@@ -355,6 +355,9 @@ class Trial:
         wanted = not self.recipe.captions and not (self.folder / DOMAIN).exists()
         if wanted and runtime.is_main_process():
             self._learn_domain()
+        if runtime.is_main_process():  # three times the model's size, and no longer of use
+            (self.folder / training.CHECKPOINT).unlink(missing_ok=True)
+            (self.folder / PLAN).unlink(missing_ok=True)
         return self.folder
 
     def hand_over(self):

@@ -400,7 +400,7 @@ BROKEN_PARQUETS = {
     "HTML": lambda: BROKEN_IMAGES["HTML error page"](),
     "cut in half": lambda: (data := _good_parquet())[: len(data) // 2],
     "cut by one byte": lambda: _good_parquet()[:-1],
-    "bomb by ratio": lambda: parquet_bytes(
+    "bomb by size": lambda: parquet_bytes(
         {"caption": ["x"], "jpg_0": [b" " * 3_000_000]}, compression="zstd"
     ),
     "too many images": lambda: parquet_bytes({"caption": ["x"] * 60, "jpg_0": [b""] * 60}),

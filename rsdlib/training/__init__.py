@@ -16,6 +16,7 @@ from rsdlib.training.curriculum import (
 from rsdlib.training.loop import Callback, Plan, Stage, State, fit
 from rsdlib.training.processes import end_with_parent, is_one_of_many, launch
 from rsdlib.training.runs import (
+    CHECKPOINT,
     ENVIRONMENT,
     WEIGHTS,
     Run,
