@@ -89,6 +89,18 @@ def test_frozen_parts_stay_as_they_were(source, folders):
     }
 
 
+@pytest.mark.parametrize("name", ["vit", "clip", "unet"])
+def test_checkpointed_layers_train_the_same(source, folders, name):
+    chosen = world(source, folders)
+    prepared = experiment.prepare(chosen.data)
+    sparing = chosen.with_backbone(name, gradient_checkpointing=True)
+    one, other = (
+        training.load_run(experiment.train(way, name, prepared, weight=0.0, epochs=1)).metrics
+        for way in (chosen, sparing)
+    )
+    np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["none", "ours", "cbs", "lerac"])
 def test_each_curriculum_is_a_run_of_its_own(source, folders, name):
     chosen = world(source, folders)

@@ -346,10 +346,11 @@ class _Loop:
         size = len(next(iter(batch.values())))
         batch = self._to_device(batch) | whole
         try:
-            with self.accelerator.autocast(), _attention(self.device):
-                loss, similarity = self.objective(self.model, batch)
-            # Processes average their gradients: times their number, shares add up to the mean.
-            self.accelerator.backward(loss * (share * self.world))
+            with _attention(self.device):  # checkpointed layers run again on the way back
+                with self.accelerator.autocast():
+                    loss, similarity = self.objective(self.model, batch)
+                # Processes average their gradients: times their number, shares add up to the mean.
+                self.accelerator.backward(loss * (share * self.world))
         except torch.OutOfMemoryError as error:
             message = f"{self.device} has too little memory for {size} pairs at once"
             again = f"Run it again with micro_batches={2 * self.config.micro_batches}"
