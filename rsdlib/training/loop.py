@@ -230,8 +230,8 @@ class _Loop:
         self.config = plan.config
         self.accelerator = _accelerator(self.config)
         self.device = self.accelerator.device
-        rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.reader = _Batches(data, objective, self.config, rank, self.world)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.reader = _Batches(data, objective, self.config, self.rank, self.world)
         groups = _groups(model, self.config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
         self.state = State(plan, model, optimizer)
@@ -244,46 +244,31 @@ class _Loop:
         if self.config.compile:
             model.compile()
         self.model = self.accelerator.prepare_model(model.to(self.device))
-        self._resume()
         # This epoch's similarities, which rows have one, and the loss since the last line: all on
         # the device, so that no step waits for the host.
         self.similarity = torch.zeros(len(data), device=self.device)
         self.visited = torch.zeros(len(data), device=self.device)
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._take_up_epoch(rank)
-
-    def _take_up_epoch(self, rank):
-        """Put the similarities of a half-finished epoch back to where they are gathered."""
-        state = self.state
-        if rank or state.step == state.plan.total:
-            return
-        stored = self.history[state.plan.epoch(state.step)]
-        known = np.flatnonzero(np.isfinite(stored))
-        self.similarity[known] = torch.from_numpy(stored[known]).to(self.device)
-        self.visited[known] = 1
+        self._resume()
 
     def run(self):
-        self.started, self.first_step = time.monotonic(), self.state.step
-        self.logged_step = self.state.step
+        self.started = time.monotonic()
+        self.first_step = self.logged_step = self.state.step
         self.model.train()
         try:
             self._steps()
         finally:
             for callback in self.callbacks:
                 callback.end(self.state)
-            self._give_back()
-        self.accelerator.wait_for_everyone()
+            # The model is left as it came.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.state.model._compiled_call_impl = None
+            for norm, kind in self.norms:
+                norm.__class__ = kind
         if self.accelerator.is_main_process:
             self._write_difficulty()
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
-
-    def _give_back(self):
-        """Leave the model as it came."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.state.model._compiled_call_impl = None
-        for norm, kind in self.norms:
-            norm.__class__ = kind
 
     def _steps(self):
         state, plan = self.state, self.state.plan
@@ -301,18 +286,11 @@ class _Loop:
                 self._log(epoch)
 
     def _loader(self):
-        on_gpu = self.device.type == "cuda"
-        workers = self.config.workers
-        if workers is None:
-            workers = 2 if on_gpu else 0
-        return torch.utils.data.DataLoader(
-            self.reader,
-            sampler=self.state.plan.batches(self.state.step),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=on_gpu,
-            generator=torch.Generator(),  # the loader draws from it, not from the caller's
-        )
+        on_gpu, workers = self.device.type == "cuda", self.config.workers
+        how = {"num_workers": 2 * on_gpu if workers is None else workers, "pin_memory": on_gpu}
+        how["generator"] = torch.Generator()  # the loader draws from it, not from the caller's
+        batches = self.state.plan.batches(self.state.step)
+        return torch.utils.data.DataLoader(self.reader, sampler=batches, batch_size=None, **how)
 
     def _step(self, parts, whole):
         state, config = self.state, self.config
@@ -321,14 +299,12 @@ class _Loop:
         factor = state.plan.lr_factor(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = config.lr * factor * group.get("lr_scale", 1.0)
-        rank = self.accelerator.process_index
-        torch.manual_seed(runtime.torch_seed("step", config.seed, state.step, rank))
+        torch.manual_seed(runtime.torch_seed("step", config.seed, state.step, self.rank))
         for number, (batch, rows, share) in enumerate(parts, 1):
             for norm, _ in self.norms:
                 norm.counts = float(share > 0)
             is_last = number == len(parts)
-            synced = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
-            with synced:
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 loss, similarity = self._backward(batch, whole, share)
             if share:
                 where = torch.as_tensor(rows, device=self.device)
@@ -336,8 +312,7 @@ class _Loop:
                 self.similarity[where] = similarity.detach().float()
                 self.visited[where] = 1
         if config.clip is not None:
-            trained = [p for p in state.model.parameters() if p.requires_grad]
-            torch.nn.utils.clip_grad_norm_(trained, config.clip)
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
         state.optimizer.step()
         state.optimizer.zero_grad()
 
@@ -396,11 +371,11 @@ class _Loop:
             if self.accelerator.is_main_process:
                 meta = {"epoch": epoch, "val_similarity": val}
                 runs.save_weights(state.model, self.folder / runs.WEIGHTS, meta)
-        rate = self.records[-1]["steps_per_second"]
-        left = (state.plan.total - state.step) / rate if rate else 0
+        seconds = (time.monotonic() - self.started) / (state.step - self.first_step)
+        left = state.plan.total - state.step
         runtime.log(
             f"epoch {epoch + 1}/{len(state.plan.epochs)}: cosine train {train:.4f}, "
-            f"val {val:.4f}{' (best)' if is_best else ''}, about {left:.0f} s left"
+            f"val {val:.4f}{' (best)' if is_best else ''}, about {left * seconds:.0f} s left"
         )
         for callback in self.callbacks:
             callback.after_epoch(state, self.records[-1])
@@ -412,7 +387,7 @@ class _Loop:
         if not len(rows):
             message = "there are no validation rows, so no best epoch"
             raise BadValueError(message, "Raise val_fraction or add data.")
-        mine = np.array_split(rows, self.world)[self.accelerator.process_index]
+        mine = np.array_split(rows, self.world)[self.rank]
         whole = self.reader.whole(rows)
         size = max(self.config.batch_size // self.config.micro_batches, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -435,7 +410,7 @@ class _Loop:
         runs.save_checkpoint(path, state.model, state.optimizer, history, meta)
 
     def _resume(self):
-        """Take up the checkpoint if there is one, and say what changed since it began."""
+        """Take up the checkpoint if there is one, and its half-finished epoch; say what changed."""
         state, path = self.state, self.folder / runs.CHECKPOINT
         precision = self.accelerator.mixed_precision.replace("no", "fp32")
         now = {**runtime.environment(), "device": str(self.device), "precision": precision}
@@ -451,11 +426,13 @@ class _Loop:
         before = files.read_json(self.folder / runs.ENVIRONMENT)
         watched = ("threads", "versions", "cpu_capability", "gpu", "device", "precision")
         changed = ", ".join(name for name in watched if before.get(name) != now[name])
-        where = (
-            f"{files.relative(self.folder)}: resuming at step {state.step} of {state.plan.total}"
-        )
         note = f"; {changed} changed since it began, so its last digits may differ"
-        runtime.log(where + (note if changed else ""))
+        where = f"resuming at step {state.step} of {state.plan.total}{note if changed else ''}"
+        runtime.log(f"{files.relative(self.folder)}: {where}")
+        if not self.rank and state.step < state.plan.total:
+            stored = torch.from_numpy(self.history[state.plan.epoch(state.step)])
+            self.visited += stored.isfinite().to(self.device)
+            self.similarity += stored.nan_to_num().to(self.device)
 
     def _write_difficulty(self):
         """Write each training sample's similarity in each epoch, in row order."""
