@@ -80,7 +80,8 @@ class Prepared:
 
     def store(self, encoder, on_bad="error", device="auto"):
         """Return what an encoder reads: images, or what its frozen front makes of them."""
-        return self.stores(_fronts(encoder), on_bad, device)[0]
+        fronts = _fronts(encoder)
+        return self.stores(fronts, on_bad, device)[0] if fronts else self.images(encoder.image_size)
 
     def stores(self, fronts, on_bad="error", device="auto"):
         """Return the stores of some fronts, made in one pass, checked once a session."""
@@ -176,16 +177,13 @@ def prepare(config):
     folder = files.cache_dir() / "prepared" / key
     if not (folder / "vocabulary.json").exists():  # the last file of this step
         _prepare(config, pairs, folder)
-    own = ["prompt", "key", "split"]  # a source's own split is not ours
-    metadata = pairs.drop(columns=own, errors="ignore")
+    metadata = pairs.drop(columns=["prompt", "key", "split"], errors="ignore")  # ours are others
     kept = pd.read_parquet(folder / "pairs.parquet")
     kept = kept.merge(metadata, on="id", how="left", validate="1:1")
     vocabulary = data.Vocabulary.load(folder / "vocabulary.json")
     prompts = kept["prompt"]
-    device = runtime.device("auto")
-    targets = files.cached_rows(
-        folder / "targets.npy", lambda: data.embed_cached(prompts, device=device)
-    )
+    embed = functools.partial(data.embed_cached, prompts, device=runtime.device("auto"))
+    targets = files.cached_rows(folder / "targets.npy", embed)
     labels = files.cached_rows(folder / "labels.npy", lambda: data.pack(vocabulary.encode(prompts)))
     report = pd.read_parquet(folder / "report.parquet")
     return Prepared(key, config, kept, report, vocabulary, targets, labels)
@@ -259,14 +257,12 @@ class Recipe:
             if self.captions:
                 pretrained = self.backbone.pretrained and load
                 return models.open_captioner(self.backbone.model, len(self.words), pretrained)
+            encoder = copy.deepcopy(encoder)  # what was handed in may be trained more than once
             if encoder is None:
                 encoder = models.create(self.backbone, load=load)
-            else:
-                encoder = copy.deepcopy(encoder)  # it may be trained more than once
             if self.names and speech is None:
                 cosines = self.backbone.library == "open_clip"
-                sizes = len(self.names), encoder.features
-                speech = models.Speech.blank(*sizes, cosines=cosines)
+                speech = models.Speech.blank(len(self.names), encoder.features, cosines=cosines)
             says = {"speech": speech, "reads": self.head.reads, "named": self.named}
             return models.PromptRegressor(encoder, self.head.head, len(self.words), **says)
 
@@ -398,9 +394,8 @@ def at_hand(profile, backbones):
     there, asking = [], True
     for name in backbones:
         described = profile.backbone(name)
-        needed = [described.model, described.options.get("captioner")]
-        known = [model for model in needed if model in models.MODELS]
-        absent = [model for model in known if models.whereabouts(model)[1] is None]
+        needed = {described.model, described.options.get("captioner")} & set(models.MODELS)
+        absent = [model for model in sorted(needed) if models.whereabouts(model)[1] is None]
         from_hub = any(models.MODELS[model].hub for model in absent)
         try:
             if from_hub and not asking:
@@ -500,10 +495,8 @@ def plan(
 
     def history():
         plain = {"weight": weight, "head": head, "encoder": encoder, "objective": objective}
-        folder = train(
-            profile, backbone, prepared, curriculum="none", on_bad=on_bad, **plain, **changes
-        )
-        return training.load_run(folder).difficulty
+        plain |= {"curriculum": "none", "on_bad": on_bad, **changes}
+        return training.load_run(train(profile, backbone, prepared, **plain)).difficulty
 
     stages, callbacks = _order(recipe.curriculum, pairs.train, config.epochs, stages, history)
     recipe = replace(
@@ -555,17 +548,7 @@ def planned(folder):
     return Trial(model, pairs, *how, recipe, folder, prepared, meta["on_bad"])
 
 
-def white_box(
-    profile,
-    prepared,
-    *,
-    context="caption",
-    noised=False,
-    frozen=(),
-    keep=0.0,
-    weight=0.0,
-    **options,
-):
+def white_box(profile, prepared, context="caption", noised=False, frozen=(), keep=0.0, **options):
     """Plan the training of a U-Net encoder that is to go back into its painter.
 
     Parameters
@@ -580,23 +563,22 @@ def white_box(
         Parts that keep their weights, such as ``"unet.conv_in"``.
     keep : float
         Weight of the distance to the original's maps, see `rsdlib.models.KeepingObjective`.
-    weight : float
-        Of the vocabulary loss.
     **options
-        See `plan`.
+        See `plan`; without a ``weight`` there is no vocabulary loss.
 
     Returns
     -------
     Trial
     """
+    options = {"weight": 0.0, **options}
     profile = profile.with_context("unet", context)
     read = dict(profile.backbone("unet").options) | ({"noised": True} if noised else {})
     profile = profile.with_backbone("unet", options=read, frozen=frozen, fine_tune="always")
     if keep:
         original = models.create(profile.backbone("unet"))
-        losses = {"weight": weight, "huber": profile.head.huber}
+        losses = {"weight": options["weight"], "huber": profile.head.huber}
         options["objective"] = models.KeepingObjective(**losses, keep=keep, original=original)
-    return plan(profile, "unet", prepared, weight=weight, **options)
+    return plan(profile, "unet", prepared, **options)
 
 
 def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config):
@@ -607,9 +589,8 @@ def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, conf
     if encoder is None:
         described = _settled(profile.backbone(backbone), config.device)
     else:
-        described = configs.BackboneConfig(
-            "own", type(encoder).__name__, image_size=encoder.image_size
-        )
+        name, size = type(encoder).__name__, encoder.image_size
+        described = configs.BackboneConfig("own", name, image_size=size)
     asked = {"weight": weight, "head": head}
     heads = replace(profile.head, **{k: value for k, value in asked.items() if value is not None})
     if described.library == "blip":  # it has one arrangement
@@ -675,10 +656,8 @@ def _objective(model, recipe):
 
 
 def _name(backbone, recipe):
-    parts = [slug(backbone), "mlc" if recipe.words else "vanilla"]
-    if recipe.curriculum.name != "none":
-        parts.append(recipe.curriculum.name)
-    return "-".join(parts)
+    parts = [slug(backbone), "mlc" if recipe.words else "vanilla", recipe.curriculum.name]
+    return "-".join(parts).removesuffix("-none")
 
 
 def slug(backbone):
@@ -692,11 +671,10 @@ def identity(thing):
     What a function takes from around itself is not seen: make it an argument or a field.
     """
     function = thing if inspect.isfunction(thing) else type(thing).__call__
-    try:
+    message = f"the source of {thing!r} cannot be read, so its run would have no key"
+    fix = "Define it in a notebook cell or a module."
+    with errors.refusing((OSError, TypeError), errors.ConfigError, message, fix):
         source = inspect.getsource(function)
-    except (OSError, TypeError) as error:
-        message = f"the source of {thing!r} cannot be read, so its run would have no key"
-        raise errors.ConfigError(message, "Define it in a notebook cell or a module.") from error
     fields = getattr(thing, "__dict__", {})
     keys = {n: data.weights_key(f) if hasattr(f, "state_dict") else f for n, f in fields.items()}
     return files.digest([source, keys])
@@ -733,8 +711,7 @@ def load_model(folder, encoder=None):
     model = recipe.build(encoder, load=False)
     training.load_weights(model, Path(folder) / training.WEIGHTS)
     if recipe.front and data.weights_key(_encoder(model).front) != recipe.front:
-        message = f"the frozen part of {recipe.backbone.model} is not the one that "
-        message += f"{files.relative(folder)} was trained with"
+        message = f"the frozen part of {recipe.backbone.model} is not {files.relative(folder)}'s"
         raise errors.CheckpointError(message, "Bring its files back, or train again.")
     return model, recipe
 
@@ -768,8 +745,7 @@ def predict(folder, prepared, store, split, device="auto", encoder=None):
 
     def answer():
         model, _ = load_model(folder, encoder)
-        how = {"pick": lambda output: output[0], "description": f"predicting {split}"}
-        pred = data.apply(model, store, rows, device=device, **how)
+        pred = data.apply(model, store, rows, device=device, description=f"predicting {split}")
         cosine = analysis.cosine(pred, prepared.targets[rows])
         files.write_parquet(path.with_suffix(".parquet"), items.assign(cosine=cosine))
         return pred
@@ -836,8 +812,7 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
     chosen = {}
     if getattr(before, "speech", None) is not None:
         before.only_speak()
-        how = {"pick": lambda output: output[0], "device": device}
-        scores.predictions[ZERO_SHOT] = data.apply(before, store, scores.rows, **how)
+        scores.predictions[ZERO_SHOT] = data.apply(before, store, scores.rows, device=device)
     for name, those in ((KNN_BEFORE, [before]), (KNN_AFTER, analysis.each_training(after))):
         features = (data.features(store, model.backbone, device=device) for model in those)
         found = [_regress(scores, prepared, store, one.batch, one.batch(train)) for one in features]
@@ -867,8 +842,7 @@ def predict_clip_knn(scores, prepared, backbone, images, device="auto"):
     """
     encoder, read = models.clip_pair(backbone, device=device)
     base = read(prepared.pairs["prompt"].iloc[prepared.rows("train", images)].tolist())
-    how = {"device": device, "description": "CLIP embeddings"}
-    look = functools.partial(data.apply, encoder, images, **how)
+    look = functools.partial(data.apply, encoder, images, device=device, description="embedding")
     k, scores.predictions[CLIP_KNN] = _regress(scores, prepared, images, look, base)
     return k
 

@@ -248,13 +248,11 @@ class CBS(Callback):
 
 def feature_maps(model):
     """Return what CBS blurs, module to layout: wide convolutions, or else transformer blocks."""
-    convolutions = {
-        module: CHANNELS_FIRST
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and 3 <= module.kernel_size[0] != module.stride[0]
-    }
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    wide = [module for module in convolutions if 3 <= module.kernel_size[0] != module.stride[0]]
     blocks = {module: BLOCKS.get(type(module).__name__) for module in model.modules()}
-    return convolutions or {module: layout for module, layout in blocks.items() if layout}
+    layouts = dict.fromkeys(wide, CHANNELS_FIRST) or blocks
+    return {module: layout for module, layout in layouts.items() if layout}
 
 
 def smoothed(maps, sigma, layout=CHANNELS_FIRST):

@@ -54,8 +54,7 @@ class Plan:
 
     def __init__(self, stages, config):
         if not stages or min(len(stage.rows) for stage in stages) < 2:
-            message = "there is nothing to train on: a stage with less than two rows"
-            raise BadValueError(message, "Check the split and the filters.")
+            raise BadValueError("nothing to train on: a stage with less than two rows", "Add data.")
         self.config = config
         self.epochs = [stage.rows for stage in stages for _ in range(stage.epochs)]
         # A last batch of one row joins the one before: BatchNorm cannot train on it alone.
@@ -77,11 +76,10 @@ class Plan:
         while step < self.total:
             epoch = self.epoch(step)
             order = runtime.rng("order", self.config.seed, epoch).permutation(self.epochs[epoch])
-            for now in range(step, int(self.starts[epoch + 1])):
-                first = (now - int(self.starts[epoch])) * self.config.batch_size
-                is_last = now + 1 == self.starts[epoch + 1]
-                yield order[first : None if is_last else first + self.config.batch_size]
-            step = int(self.starts[epoch + 1])
+            start, end = self.starts[epoch : epoch + 2].tolist()
+            batches = np.split(order, self.config.batch_size * np.arange(1, end - start))
+            yield from batches[step - start :]
+            step = end
 
     def lr_factor(self, step):
         """Return the rate of `step` as a share of its peak.
@@ -385,8 +383,7 @@ class _Loop:
         """Return mean similarity and loss over the validation rows, each row once."""
         rows = np.asarray(self.data.val)
         if not len(rows):
-            message = "there are no validation rows, so no best epoch"
-            raise BadValueError(message, "Raise val_fraction or add data.")
+            raise BadValueError("there are no validation rows", "Raise val_fraction or add data.")
         mine = np.array_split(rows, self.world)[self.rank]
         whole = self.reader.whole(rows)
         size = max(self.config.batch_size // self.config.micro_batches, 1)
@@ -452,9 +449,8 @@ def _accelerator(config):
         torch.cuda.set_device(device)  # accelerate takes the current one
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    chosen = runtime.precision(config.precision, device)
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    precision = "no" if chosen == "fp32" else chosen
+    precision = runtime.precision(config.precision, device).replace("fp32", "no")
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 

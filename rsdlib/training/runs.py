@@ -85,13 +85,9 @@ def load_run(folder):
         message = f"{files.relative(folder)} holds no finished run"
         raise CacheError(message, "Train first: rsd run 01_train_vit.")
     stored = made_from(folder)
-    return Run(
-        folder,
-        TrainConfig(**stored["train"]),
-        stored["recipe"],
-        pd.read_json(folder / METRICS, lines=True),
-        pd.read_parquet(folder / DIFFICULTY),
-    )
+    metrics = pd.read_json(folder / METRICS, lines=True)
+    difficulty = pd.read_parquet(folder / DIFFICULTY)
+    return Run(folder, TrainConfig(**stored["train"]), stored["recipe"], metrics, difficulty)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -120,18 +116,14 @@ def claim(folder, settings):
         if runtime.is_main_process():
             files.write_json(path, settings)
         return
-    before, now = (_flat(nested) for nested in (made_from(folder), settings))
+    tables = map(pd.json_normalize, (made_from(folder), settings))  # nested names are dotted ones
+    before, now = (table.to_dict("records")[0] for table in tables)
     differing = {name for name in before | now if before.get(name) != now.get(name)}
     differing -= {f"train.{name}" for name in FREE}
     if differing:
         which = ", ".join(sorted(differing))
         message = f"{files.relative(folder)} holds another run; different: {which}"
         raise CheckpointError(message, "Use another folder, or delete this one.")
-
-
-def _flat(nested):
-    """Return a nested dict's values by dotted names."""
-    return pd.json_normalize(nested).to_dict("records")[0]
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -220,7 +212,6 @@ def load_checkpoint(path, model, optimizer):
     arrays, meta = files.load_arrays(path)
     stored = grouped(arrays)
     load_arrays_into(model, stored["model"], path)
-    moments = grouped(stored["optimizer"])
-    state = {int(number): to_torch(values) for number, values in moments.items()}
+    state = {int(n): to_torch(moments) for n, moments in grouped(stored["optimizer"]).items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return arrays["history"], meta
