@@ -143,14 +143,13 @@ def extract(profile, backbones, parts, pool=None, device="auto"):
     for name in backbones:
         described = _settled(profile.backbone(name), device)
         model = Recipe(described, configs.HeadConfig()).build(load=False)
-        fronts |= {front.key: front for front in _fronts(_encoder(model), described)}
-    fronts = list(fronts.values())
+        fronts |= dict.fromkeys(_fronts(_encoder(model), described))
     folder, nothing = files.cache_dir() / "parts", [()] * len(parts)
     images = bad = 0
-    for shards in data.run(parts, nothing, fronts, folder, device, pool):
+    for shards in data.run(parts, nothing, list(fronts), folder, device, pool):
         images += sum(len(shard.names) for shard in shards)
         bad += sum(len(shard.bad) for shard in shards)
-    return fronts, images, bad
+    return list(fronts), images, bad
 
 
 def prepare(config):
@@ -195,8 +194,7 @@ def _prepare(config, pairs, folder):
         rule = report.loc[(report["rows_in"] - report["rows_out"]).idxmax(), "rule"]
         message = f"no pair of {config.source} is left after cleaning"
         raise errors.BadTableError(message, f"The rule {rule!r} took most: loosen it.")
-    fractions = config.val_fraction, config.test_fraction
-    kept["split"] = data.split(kept["key"], *fractions, config.turn)
+    kept["split"] = data.split(kept["key"], config.val_fraction, config.test_fraction, config.turn)
     for split in SPLITS:
         prompts = kept.loc[kept["split"] == split, "key"].nunique()
         if prompts < 2:
@@ -956,21 +954,19 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
     dict of str to Figure
         ``curves``, ``scores``, ``recall`` and ``neighbours``, saved as PNG.
     """
-    opened = {
-        method: [training.load_run(folder) for folder in analysis.each_training(run)]
-        for method, run in runs.items()
-    }
-    seed = next(iter(opened.values()))[0].config.seed
-    files.write_json(folder / f"{name}.json", {"table": table, **about(prepared, seed)})
+    curves = {}
+    for method, run in runs.items():
+        opened = [training.load_run(one) for one in analysis.each_training(run)]
+        curves[method] = [one.metrics for one in opened]
+    facts = about(prepared, opened[0].config.seed)
+    files.write_json(folder / f"{name}.json", {"table": table, **facts})
     ranks = {method: scores.ranks(method) for method in scores.predictions}
     candidates = next(iter(ranks.values())).candidates
-    curves = {method: [run.metrics for run in some] for method, some in opened.items()}
-    last = list(runs)[-1]
     figures = {
         "curves": analysis.plot_curves(curves).figure,
         "scores": analysis.plot_scores(table, reference=paper).figure,
         "recall": analysis.plot_recall({m: r.ranks for m, r in ranks.items()}, candidates).figure,
-        "neighbours": _draw_answers(scores, last, prepared, images),
+        "neighbours": _draw_answers(scores, list(runs)[-1], prepared, images),
     }
     for kind, figure in figures.items():
         analysis.save_figure(figure, folder / f"{name}_{kind}.png")

@@ -70,8 +70,7 @@ def _opened(front, on):
 
     module = front.open().eval().requires_grad_(False)
     if network(module, front.size) != front:
-        message = "a frozen network has other weights in this process than in the first"
-        raise errors.CheckpointError(message)
+        raise errors.CheckpointError("a frozen network has other weights than in the first process")
     layout = torch.channels_last if on.type == "cuda" else torch.preserve_format
     return Forward(module.to(on, memory_format=layout), on)
 
@@ -123,7 +122,8 @@ def make_shards(path, wanted, fronts, folder, device="auto", about=""):
             missing = [f for f in fronts if bad is None or not _is_whole(paths[f])]
             if missing:
                 bad, arrays = _run(part, names, missing, device, about)
-                files.write_json(notes, {"bad": bad, "digest": files.digest(bad)})
+                if _read_notes(notes) != bad:
+                    files.write_json(notes, {"bad": bad, "digest": files.digest(bad)})
                 for front, array in arrays.items():
                     files.save_rows(paths[front], array)
             shards.append(Shard(names, bad, [str(paths[f]) for f in fronts]))
@@ -322,21 +322,17 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
                 break
         else:
             index.write()
-    bad = [(*_item(pairs, places, i), reason) for i, reason in sorted(index.bad)]
+    ids, where = pairs["id"].to_numpy(), places["part"].to_numpy()
+    bad = [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
     if bad and on_bad == "error":
         raise errors.BadImageError(*bad[0])
     if bad:
         message = f"{len(bad):,} of {len(places):,} images are bad, the first: {', '.join(bad[0])}"
         if len(bad) > max(5, max_bad * len(places)):
-            raise errors.BadTableError(
-                message, f"Get the data again, or raise max_bad = {max_bad}."
-            )
+            fix = f"Get the data again, or raise max_bad = {max_bad}."
+            raise errors.BadTableError(message, fix)
         runtime.log(f"{message}. They are left out.")
     return index.stores(pd.DataFrame(bad, columns=NONE_BAD.columns))
-
-
-def _item(pairs, places, row):
-    return pairs["id"].iloc[row], files.relative(places["part"].iloc[row])
 
 
 class _Index:

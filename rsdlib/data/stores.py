@@ -189,9 +189,8 @@ def features(store, network, folder=None, device="auto"):
     key, rows = files.digest([weights_key(network), store.key]), np.flatnonzero(store.ok)
     starts, paths = range(0, len(rows), _SHARD), []
     for number, start in enumerate(starts):
-        note = f"computing features, shard {number + 1} of {len(starts)}"
-        these = store, rows[start : start + _SHARD]
-        make = functools.partial(apply, network, *these, device=device, description=note)
+        how = {"device": device, "description": f"features, shard {number + 1} of {len(starts)}"}
+        make = functools.partial(apply, network, store, rows[start : start + _SHARD], **how)
         paths.append(folder / f"{key}-{number:05d}.npy")
         files.cached_rows(paths[-1], lambda make=make: half(make()))
     place = np.cumsum(store.ok) - 1  # (n,): which of the rows that the store has
@@ -203,8 +202,7 @@ def half(values):
     with np.errstate(over="ignore"):
         values = values.astype(np.float16)
     if not np.isfinite(values).all():
-        message = "the network's features are not finite in float16"
-        raise BadValueError(message, "It may have diverged: train with a lower lr.")
+        raise BadValueError("the network's features are not finite in float16", "Lower its lr.")
     return values
 
 
@@ -249,15 +247,13 @@ class PairStore:
 
     def batch(self, rows):
         """Return tensors: input (b, ...), target (b, d), and if there are any, labels (b, m)."""
+        return self.answers(rows, input=self.store.batch(rows))
+
+    def answers(self, rows, **arrays):
+        """Return everything of a batch but its inputs; and `arrays`, as tensors."""
         import torch
 
-        return {"input": torch.from_numpy(self.store.batch(rows)), **self.answers(rows)}
-
-    def answers(self, rows):
-        """Return everything of a batch but its inputs."""
-        import torch
-
-        arrays = {"target": self.targets[rows]}
+        arrays["target"] = self.targets[rows]
         if self.labels is not None:
             arrays["labels"] = np.unpackbits(self.labels[rows], axis=1, count=self.vocabulary_size)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -14,6 +14,6 @@ from rsdlib.training.curriculum import (
     stages,
     without_hardest,
 )
-from rsdlib.training.loop import Callback, Plan, Stage, State, fit
+from rsdlib.training.loop import Callback, Plan, Stage, fit
 from rsdlib.training.processes import end_with_parent, is_one_of_many, launch
 from rsdlib.training.runs import WEIGHTS, Run, is_finished, load_run, load_weights, save_weights

@@ -269,9 +269,8 @@ def smoothed(maps, sigma, layout=CHANNELS_FIRST):
         return smoothed(maps.permute(0, 3, 1, 2), sigma).permute(0, 2, 3, 1)
     side = torch.exp(torch.tensor(-0.5 / sigma**2)).item()
     line = torch.tensor([side, 1.0, side], device=maps.device, dtype=maps.dtype) / (1 + 2 * side)
-    channels = maps.shape[1]
-    kernel = torch.outer(line, line).expand(channels, 1, 3, 3)
-    return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
+    kernel = torch.outer(line, line).expand(maps.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=maps.shape[1])
 
 
 class LeRaC(Callback):

@@ -118,11 +118,10 @@ def claim(folder, settings):
         return
     tables = map(pd.json_normalize, (made_from(folder), settings))  # nested names are dotted ones
     before, now = (table.to_dict("records")[0] for table in tables)
-    differing = {name for name in before | now if before.get(name) != now.get(name)}
-    differing -= {f"train.{name}" for name in FREE}
+    fixed = (before | now).keys() - {f"train.{name}" for name in FREE}
+    differing = sorted(name for name in fixed if before.get(name) != now.get(name))
     if differing:
-        which = ", ".join(sorted(differing))
-        message = f"{files.relative(folder)} holds another run; different: {which}"
+        message = f"{files.relative(folder)} holds another run; different: {', '.join(differing)}"
         raise CheckpointError(message, "Use another folder, or delete this one.")
 
 
