@@ -8,6 +8,7 @@ be looked at and changed, and `Trial.run` hands them to `rsdlib.training.fit`.
 import copy
 import functools
 import inspect
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -15,25 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydantic
 
-from rsdlib import analysis, data, ensemble, files, models, runtime, training
-from rsdlib.config import (
-    BackboneConfig,
-    CleanConfig,
-    CurriculumConfig,
-    DataConfig,
-    HeadConfig,
-    TrainConfig,
-    as_dict,
-    replace,
-)
-from rsdlib.errors import (
-    BadTableError,
-    CacheError,
-    CheckpointError,
-    ConfigError,
-    ModelNotFoundError,
-)
+from rsdlib import analysis, data, ensemble, errors, files, models, runtime, training
+from rsdlib import config as configs
+from rsdlib.config import as_dict, replace
 
 SPLITS = ("train", "val", "test")
 
@@ -63,7 +50,7 @@ class Prepared:
     """
 
     key: str
-    config: DataConfig
+    config: configs.DataConfig
     pairs: pd.DataFrame
     report: pd.DataFrame
     vocabulary: data.Vocabulary
@@ -82,13 +69,8 @@ class Prepared:
         for split in SPLITS:
             inside = self.pairs["split"] == split
             mine, others = (set(self.pairs["key"][side]) for side in (inside, ~inside))
-            counts = {
-                "pairs": int(inside.sum()),
-                "prompts": len(mine),
-                "shared": len(mine & others),
-            }
-            table.append({"split": split, **counts})
-        return pd.DataFrame(table)
+            table.append((split, inside.sum(), len(mine), len(mine & others)))
+        return pd.DataFrame(table, columns=["split", "pairs", "prompts", "shared"])
 
     def images(self, size, on_bad="error"):
         """Return the images of all pairs, decoded once; large ones whenever they are looked at."""
@@ -98,7 +80,8 @@ class Prepared:
 
     def store(self, encoder, on_bad="error", device="auto"):
         """Return what an encoder reads: images, or what its frozen front makes of them."""
-        return self.stores(_fronts(encoder), on_bad, device)[0]
+        fronts = _fronts(encoder)
+        return self.stores(fronts, on_bad, device)[0] if fronts else self.images(encoder.image_size)
 
     def stores(self, fronts, on_bad="error", device="auto"):
         """Return the stores of some fronts, made in one pass, checked once a session."""
@@ -120,6 +103,11 @@ class Prepared:
         if folder:
             return files.resolve_path(folder)
         return files.root() / "runs" / profile.name / f"figures-{self.key[:8]}"
+
+
+def _encoder(model):
+    """Return the part of a model that reads images: of a captioner, all of it."""
+    return getattr(model, "backbone", model)
 
 
 def _fronts(encoder, described=None):
@@ -154,17 +142,14 @@ def extract(profile, backbones, parts, pool=None, device="auto"):
     fronts = {}
     for name in backbones:
         described = _settled(profile.backbone(name), device)
-        recipe = Recipe(described, HeadConfig())
-        model = recipe.build(load=False)
-        made = _fronts(model if recipe.captions else model.backbone, described)
-        fronts |= {front.key: front for front in made}
-    fronts = list(fronts.values())
+        model = Recipe(described, configs.HeadConfig()).build(load=False)
+        fronts |= dict.fromkeys(_fronts(_encoder(model), described))
     folder, nothing = files.cache_dir() / "parts", [()] * len(parts)
     images = bad = 0
-    for shards in data.run(parts, nothing, fronts, folder, device, pool):
+    for shards in data.run(parts, nothing, list(fronts), folder, device, pool):
         images += sum(len(shard.names) for shard in shards)
         bad += sum(len(shard.bad) for shard in shards)
-    return fronts, images, bad
+    return list(fronts), images, bad
 
 
 def prepare(config):
@@ -191,16 +176,13 @@ def prepare(config):
     folder = files.cache_dir() / "prepared" / key
     if not (folder / "vocabulary.json").exists():  # the last file of this step
         _prepare(config, pairs, folder)
-    own = ["prompt", "key", "split"]  # a source's own split is not ours
-    metadata = pairs.drop(columns=own, errors="ignore")
+    metadata = pairs.drop(columns=["prompt", "key", "split"], errors="ignore")  # ours are others
     kept = pd.read_parquet(folder / "pairs.parquet")
     kept = kept.merge(metadata, on="id", how="left", validate="1:1")
     vocabulary = data.Vocabulary.load(folder / "vocabulary.json")
     prompts = kept["prompt"]
-    device = runtime.device("auto")
-    targets = files.cached_rows(
-        folder / "targets.npy", lambda: data.embed_cached(prompts, device=device)
-    )
+    embed = functools.partial(data.embed_cached, prompts, device=runtime.device("auto"))
+    targets = files.cached_rows(folder / "targets.npy", embed)
     labels = files.cached_rows(folder / "labels.npy", lambda: data.pack(vocabulary.encode(prompts)))
     report = pd.read_parquet(folder / "report.parquet")
     return Prepared(key, config, kept, report, vocabulary, targets, labels)
@@ -211,15 +193,14 @@ def _prepare(config, pairs, folder):
     if kept.empty:
         rule = report.loc[(report["rows_in"] - report["rows_out"]).idxmax(), "rule"]
         message = f"no pair of {config.source} is left after cleaning"
-        raise BadTableError(message, f"The rule {rule!r} took most: loosen it.")
-    fractions = config.val_fraction, config.test_fraction
-    kept["split"] = data.split(kept["key"], *fractions, config.turn)
+        raise errors.BadTableError(message, f"The rule {rule!r} took most: loosen it.")
+    kept["split"] = data.split(kept["key"], config.val_fraction, config.test_fraction, config.turn)
     for split in SPLITS:
         prompts = kept.loc[kept["split"] == split, "key"].nunique()
         if prompts < 2:
             of = f"{prompts} of {kept['key'].nunique()} prompts"
             message = f"the {split} split of {config.source} has {of}, too few to judge by"
-            raise BadTableError(message, "Add data.")
+            raise errors.BadTableError(message, "Add data.")
     train = kept.loc[kept["split"] == "train", "prompt"]
     files.write_parquet(folder / "pairs.parquet", kept[["id", "prompt", "key", "split"]])
     files.write_parquet(folder / "report.parquet", report)
@@ -233,15 +214,15 @@ def _prepare(config, pairs, folder):
 class Recipe:
     """What makes a model, besides the training settings; enough to build the model again."""
 
-    backbone: BackboneConfig
-    head: HeadConfig
+    backbone: configs.BackboneConfig
+    head: configs.HeadConfig
     words: tuple = ()  # the vocabulary; empty without vocabulary head
     prepared: str = ""  # key of the prompts and their split
     seed: int = 0
     images: str = ""  # key of the store that is read
     start: str = ""  # key of the starting weights: a pretrained file may change under its name
     front: str = ""  # key of the frozen front, which is no part of the run's own weights
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    curriculum: configs.CurriculumConfig = field(default_factory=configs.CurriculumConfig)
     stages: str = ""  # key of which rows are read in which epoch
     objective: str = ""  # key of an objective that is not the joint one
     names: tuple = ()  # the classes that the encoder has names for; empty if it says nothing
@@ -266,7 +247,7 @@ class Recipe:
 
         if self.backbone.library == "own" and encoder is None:
             message = f"the encoder {self.backbone.model!r} of this run is not one of ours"
-            raise CheckpointError(message, "Hand it in again: encoder=...")
+            raise errors.CheckpointError(message, "Hand it in again: encoder=...")
         if self.names and load and speech is None:
             _, speech = models.open_speech(self.backbone, self.names)
         with torch.random.fork_rng(devices=[]):
@@ -274,29 +255,24 @@ class Recipe:
             if self.captions:
                 pretrained = self.backbone.pretrained and load
                 return models.open_captioner(self.backbone.model, len(self.words), pretrained)
+            encoder = copy.deepcopy(encoder)  # what was handed in may be trained more than once
             if encoder is None:
                 encoder = models.create(self.backbone, load=load)
-            else:
-                encoder = copy.deepcopy(encoder)  # it may be trained more than once
             if self.names and speech is None:
                 cosines = self.backbone.library == "open_clip"
-                sizes = len(self.names), encoder.features
-                speech = models.Speech.blank(*sizes, cosines=cosines)
+                speech = models.Speech.blank(len(self.names), encoder.features, cosines=cosines)
             says = {"speech": speech, "reads": self.head.reads, "named": self.named}
             return models.PromptRegressor(encoder, self.head.head, len(self.words), **says)
 
     @classmethod
     def load(cls, folder):
         """Read the recipe of a run folder."""
-        values = training.made_from(folder)["recipe"]
-        nested = {
-            "backbone": BackboneConfig(**values["backbone"]),
-            "head": HeadConfig(**values["head"]),
-            "words": tuple(values["words"]),
-            "names": tuple(values.get("names", ())),
-            "curriculum": CurriculumConfig(**values["curriculum"]),
-        }
-        return cls(**{**values, **nested})
+        return _read(cls, training.runs.made_from(folder)["recipe"])
+
+
+def _read(kind, values):
+    """Return settings of some kind from what `as_dict` made of them."""
+    return pydantic.TypeAdapter(kind).validate_json(json.dumps(values))
 
 
 @dataclass(frozen=True)
@@ -305,7 +281,6 @@ class Trial:
 
     Attributes
     ----------
-    name : str
     model : nn.Module
     pairs : rsdlib.data.PairStore
         Inputs, targets and labels; ``train`` and ``val`` rows.
@@ -321,17 +296,21 @@ class Trial:
     on_bad : {"error", "skip"}
     """
 
-    name: str
     model: object
     pairs: data.PairStore
     objective: object
     stages: list
     callbacks: list
-    config: TrainConfig
+    config: configs.TrainConfig
     recipe: Recipe
     folder: Path
     prepared: Prepared
     on_bad: str
+
+    @property
+    def name(self):
+        """What it is called in figures and in its folder's name."""
+        return self.folder.name.rpartition("-")[0]
 
     def run(self):
         """Train, or find the run done; return its folder."""
@@ -342,16 +321,9 @@ class Trial:
             if processes > 1:
                 self.hand_over()
                 training.launch(self.folder, processes)
-        training.fit(
-            self.model,
-            self.pairs,
-            self.config,
-            self.folder,
-            objective=self.objective,
-            stages=self.stages,
-            callbacks=self.callbacks,
-            recipe=as_dict(self.recipe),
-        )
+        how = {"objective": self.objective, "stages": self.stages, "callbacks": self.callbacks}
+        how["recipe"] = as_dict(self.recipe)
+        training.fit(self.model, self.pairs, self.config, self.folder, **how)
         wanted = not self.recipe.captions and not (self.folder / DOMAIN).exists()
         if wanted and runtime.is_main_process():
             self._learn_domain()
@@ -364,14 +336,14 @@ class Trial:
         """Write what other processes need to train this run; `planned` reads it."""
         if self.recipe.objective or self.recipe.backbone.library == "own":
             message = f"{self.name} has an encoder or an objective that only this process knows"
-            raise ConfigError(message, "Use processes=1.")
-        arrays = {f"model.{n}": w for n, w in training.to_numpy(self.model.state_dict()).items()}
+            raise errors.ConfigError(message, "Use processes=1.")
+        arrays = training.runs.to_numpy(self.model.state_dict(), "model.")
         arrays |= {f"stage.{n}": stage.rows for n, stage in enumerate(self.stages)}
         meta = {"data": as_dict(self.prepared.config), "on_bad": self.on_bad}
         meta["callbacks"] = bool(self.callbacks)  # the curriculum's own: see `planned`
         meta["epochs"] = [stage.epochs for stage in self.stages]
         settings = training.Plan(self.stages, self.config).settings(as_dict(self.recipe))
-        training.claim(self.folder, settings)
+        training.runs.claim(self.folder, settings)
         files.save_arrays(self.folder / PLAN, arrays, meta)
 
     def _learn_domain(self):
@@ -423,21 +395,16 @@ def at_hand(profile, backbones):
     there, asking = [], True
     for name in backbones:
         described = profile.backbone(name)
-        needed = [described.model, described.options.get("captioner")]
-        absent = [
-            model
-            for model in needed
-            if model in models.MODELS and models.whereabouts(model)[1] is None
-        ]
+        needed = {described.model, described.options.get("captioner")} & set(models.MODELS)
+        absent = [model for model in sorted(needed) if models.whereabouts(model)[1] is None]
         from_hub = any(models.MODELS[model].hub for model in absent)
-        if from_hub and not asking:
-            runtime.log(f"{name} is left out: the weights of {absent[0]} are not here")
-            continue
         try:
+            if from_hub and not asking:
+                raise errors.ModelNotFoundError(f"the weights of {absent[0]} are not here")
             for model in absent:
                 models.locate(model)
             there.append(name)
-        except ModelNotFoundError as error:
+        except errors.ModelNotFoundError as error:
             runtime.log(f"{name} is left out: {error}")
             asking = asking and not from_hub
     return there
@@ -522,36 +489,29 @@ def plan(
     config = profile.training(backbone, **changes)
     recipe, speech = _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config)
     model = recipe.build(encoder, speech=speech)
-    network = model if recipe.captions else model.backbone
-    store = prepared.store(network, on_bad, config.device)
-    start = data.weights_key(model)
-    pairs = _pairs(prepared, store, model, recipe)
+    start, front = data.weights_key(model), getattr(_encoder(model), "front", None)
+    pairs = _pairs(prepared, model, recipe, on_bad, config.device)
     if recipe.head.probe:
         _probe(model, pairs, recipe.head, config.device)
 
     def history():
         plain = {"weight": weight, "head": head, "encoder": encoder, "objective": objective}
-        folder = train(
-            profile, backbone, prepared, curriculum="none", on_bad=on_bad, **plain, **changes
-        )
-        return training.load_run(folder).difficulty
+        plain |= {"curriculum": "none", "on_bad": on_bad, **changes}
+        return training.load_run(train(profile, backbone, prepared, **plain)).difficulty
 
     stages, callbacks = _order(recipe.curriculum, pairs.train, config.epochs, stages, history)
-    front = getattr(network, "front", None)
     recipe = replace(
         recipe,
-        images=store.key,
+        images=pairs.key,
         start=start,
         front=data.weights_key(front) if front is not None else "",
         stages=files.digest([[stage.rows.tolist(), stage.epochs] for stage in stages]),
         objective=identity(objective) if objective is not None else "",
     )
-    name = _name(backbone, recipe)
     key = files.digest([as_dict(recipe), config.fixed()], 8)
-    folder = files.root() / "runs" / profile.name / f"{name}-{key}"
-    objective = objective or _objective(model, recipe)
-    made = {"folder": folder, "prepared": prepared, "on_bad": on_bad}
-    return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, **made)
+    folder = files.root() / "runs" / profile.name / f"{_name(backbone, recipe)}-{key}"
+    how = objective or _objective(model, recipe), stages, callbacks, config
+    return Trial(model, pairs, *how, recipe, folder, prepared, on_bad)
 
 
 def planned(folder):
@@ -571,43 +531,25 @@ def planned(folder):
         The images are not those that it was planned with.
     """
     folder = Path(os.path.abspath(folder))
-    recipe, arrays = Recipe.load(folder), {"model": {}, "stage": {}}
-    config = TrainConfig(**training.made_from(folder)["train"])
-    stored, meta = files.load_arrays(folder / PLAN)
-    for name, value in stored.items():
-        kind, _, rest = name.partition(".")
-        arrays[kind][rest] = value
-    clean = CleanConfig(**meta["data"].pop("clean"))
-    prepared = prepare(DataConfig(clean=clean, **meta["data"]))
-    model = recipe.build(load=False)
-    training.load_arrays_into(model, arrays["model"], folder / PLAN)
-    network = model if recipe.captions else model.backbone
-    store = prepared.store(network, meta["on_bad"], config.device)
-    if store.key != recipe.images:
+    recipe, (stored, meta) = Recipe.load(folder), files.load_arrays(folder / PLAN)
+    config = _read(configs.TrainConfig, training.runs.made_from(folder)["train"])
+    prepared = prepare(_read(configs.DataConfig, meta["data"]))
+    model, arrays = recipe.build(load=False), training.runs.grouped(stored)
+    training.runs.load_arrays_into(model, arrays["model"], folder / PLAN)
+    pairs = _pairs(prepared, model, recipe, meta["on_bad"], config.device)
+    if pairs.key != recipe.images:
         message = f"the images of {files.relative(folder)} are not those it was planned with"
-        raise CheckpointError(message, "Plan it again: run the notebook that made it.")
-    pairs = _pairs(prepared, store, model, recipe)
+        raise errors.CheckpointError(message, "Plan it again: run the notebook that made it.")
     epochs = enumerate(meta["epochs"])
     stages = [training.Stage(arrays["stage"][str(n)], count) for n, count in epochs]
     callbacks = []
     if meta["callbacks"]:
         _, callbacks = training.regime(recipe.curriculum, pairs.train, config.epochs)
-    made = {"folder": folder, "prepared": prepared, "on_bad": meta["on_bad"]}
-    objective, name = _objective(model, recipe), _name(folder.name.split("-")[0], recipe)
-    return Trial(name, model, pairs, objective, stages, callbacks, config, recipe, **made)
+    how = _objective(model, recipe), stages, callbacks, config
+    return Trial(model, pairs, *how, recipe, folder, prepared, meta["on_bad"])
 
 
-def white_box(
-    profile,
-    prepared,
-    *,
-    context="caption",
-    noised=False,
-    frozen=(),
-    keep=0.0,
-    weight=0.0,
-    **options,
-):
+def white_box(profile, prepared, context="caption", noised=False, frozen=(), keep=0.0, **options):
     """Plan the training of a U-Net encoder that is to go back into its painter.
 
     Parameters
@@ -622,23 +564,22 @@ def white_box(
         Parts that keep their weights, such as ``"unet.conv_in"``.
     keep : float
         Weight of the distance to the original's maps, see `rsdlib.models.KeepingObjective`.
-    weight : float
-        Of the vocabulary loss.
     **options
-        See `plan`.
+        See `plan`; without a ``weight`` there is no vocabulary loss.
 
     Returns
     -------
     Trial
     """
+    options = {"weight": 0.0, **options}
     profile = profile.with_context("unet", context)
     read = dict(profile.backbone("unet").options) | ({"noised": True} if noised else {})
     profile = profile.with_backbone("unet", options=read, frozen=frozen, fine_tune="always")
     if keep:
         original = models.create(profile.backbone("unet"))
-        losses = {"weight": weight, "huber": profile.head.huber}
+        losses = {"weight": options["weight"], "huber": profile.head.huber}
         options["objective"] = models.KeepingObjective(**losses, keep=keep, original=original)
-    return plan(profile, "unet", prepared, weight=weight, **options)
+    return plan(profile, "unet", prepared, **options)
 
 
 def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config):
@@ -649,21 +590,21 @@ def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, conf
     if encoder is None:
         described = _settled(profile.backbone(backbone), config.device)
     else:
-        described = BackboneConfig("own", type(encoder).__name__, image_size=encoder.image_size)
+        name, size = type(encoder).__name__, encoder.image_size
+        described = configs.BackboneConfig("own", name, image_size=size)
     asked = {"weight": weight, "head": head}
     heads = replace(profile.head, **{k: value for k, value in asked.items() if value is not None})
     if described.library == "blip":  # it has one arrangement
-        heads = HeadConfig(weight=heads.weight)
+        heads = configs.HeadConfig(weight=heads.weight)
     elif not heads.weight:  # one vanilla run, whatever arrangement was asked for
-        heads = replace(heads, head=HeadConfig().head)
-    if not isinstance(curriculum, CurriculumConfig):
+        heads = replace(heads, head=configs.HeadConfig().head)
+    if not isinstance(curriculum, configs.CurriculumConfig):
         curriculum = replace(profile.curriculum, name=curriculum or profile.curriculum.name)
     words, (names, speech) = prepared.vocabulary.words, ((), None)
     if heads.reads != "features":
         names, speech = models.open_speech(described, words)
         heads = heads if names else replace(heads, reads="features")
-    train = prepared.pairs["split"] == "train"
-    if names and prepared.pairs["key"][train].nunique() < heads.named_below:
+    if names and prepared.sizes()["prompts"][0] < heads.named_below:
         words = first_names(names)
     words = words if heads.weight else ()
     made = {"curriculum": curriculum, "names": names}
@@ -682,7 +623,8 @@ def first_names(names):
     return tuple(name.partition(",")[0] for name in names)
 
 
-def _pairs(prepared, store, model, recipe):
+def _pairs(prepared, model, recipe, on_bad, device):
+    store = prepared.store(_encoder(model), on_bad, device)
     targets = model.encode(prepared.pairs["prompt"]) if recipe.captions else prepared.targets
     labels = prepared.labels if recipe.words else None
     if recipe.named:
@@ -692,15 +634,10 @@ def _pairs(prepared, store, model, recipe):
 
 
 def _probe(model, pairs, head, device):
-    import torch
-
     features = data.features(pairs.store, model.backbone, device=device)
-
-    def both(rows):
-        targets = np.asarray(pairs.targets[rows])
-        return torch.from_numpy(features.batch(rows)), torch.from_numpy(targets)
-
-    model.probe(*both(pairs.train), both(pairs.val) if head.chosen else None)
+    read = data.PairStore(features, pairs.targets, None, 0, pairs.train, pairs.val)
+    train, val = (tuple(read.batch(rows).values()) for rows in (read.train, read.val))
+    model.probe(*train, val if head.chosen else None)
 
 
 def _order(curriculum, rows, epochs, stages, history):
@@ -720,10 +657,8 @@ def _objective(model, recipe):
 
 
 def _name(backbone, recipe):
-    parts = [slug(backbone), "mlc" if recipe.words else "vanilla"]
-    if recipe.curriculum.name != "none":
-        parts.append(recipe.curriculum.name)
-    return "-".join(parts)
+    parts = [slug(backbone), "mlc" if recipe.words else "vanilla", recipe.curriculum.name]
+    return "-".join(parts).removesuffix("-none")
 
 
 def slug(backbone):
@@ -737,11 +672,10 @@ def identity(thing):
     What a function takes from around itself is not seen: make it an argument or a field.
     """
     function = thing if inspect.isfunction(thing) else type(thing).__call__
-    try:
+    message = f"the source of {thing!r} cannot be read, so its run would have no key"
+    fix = "Define it in a notebook cell or a module."
+    with errors.refusing((OSError, TypeError), errors.ConfigError, message, fix):
         source = inspect.getsource(function)
-    except (OSError, TypeError) as error:
-        message = f"the source of {thing!r} cannot be read, so its run would have no key"
-        raise ConfigError(message, "Define it in a notebook cell or a module.") from error
     fields = getattr(thing, "__dict__", {})
     keys = {n: data.weights_key(f) if hasattr(f, "state_dict") else f for n, f in fields.items()}
     return files.digest([source, keys])
@@ -777,11 +711,9 @@ def load_model(folder, encoder=None):
     recipe = Recipe.load(folder)
     model = recipe.build(encoder, load=False)
     training.load_weights(model, Path(folder) / training.WEIGHTS)
-    network = model if recipe.captions else model.backbone
-    if recipe.front and data.weights_key(network.front) != recipe.front:
-        message = f"the frozen part of {recipe.backbone.model} is not the one that "
-        message += f"{files.relative(folder)} was trained with"
-        raise CheckpointError(message, "Bring its files back, or train again.")
+    if recipe.front and data.weights_key(_encoder(model).front) != recipe.front:
+        message = f"the frozen part of {recipe.backbone.model} is not {files.relative(folder)}'s"
+        raise errors.CheckpointError(message, "Bring its files back, or train again.")
     return model, recipe
 
 
@@ -814,8 +746,7 @@ def predict(folder, prepared, store, split, device="auto", encoder=None):
 
     def answer():
         model, _ = load_model(folder, encoder)
-        how = {"pick": lambda output: output[0], "description": f"predicting {split}"}
-        pred = data.apply(model, store, rows, device=device, **how)
+        pred = data.apply(model, store, rows, device=device, description=f"predicting {split}")
         cosine = analysis.cosine(pred, prepared.targets[rows])
         files.write_parquet(path.with_suffix(".parquet"), items.assign(cosine=cosine))
         return pred
@@ -876,21 +807,16 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
     dict of str to list of int
         One for each training.
     """
-    train, val = (prepared.rows(split, store) for split in ("train", "val"))
+    train = prepared.rows("train", store)
     mean = prepared.targets[train].mean(axis=0, keepdims=True)  # (1, d)
     scores.predictions[MEAN] = np.repeat(mean, len(scores.rows), axis=0)
     chosen = {}
     if getattr(before, "speech", None) is not None:
         before.only_speak()
-        how = {"pick": lambda output: output[0], "device": device}
-        scores.predictions[ZERO_SHOT] = data.apply(before, store, scores.rows, **how)
-    answers = prepared.targets[train], prepared.targets[val]
+        scores.predictions[ZERO_SHOT] = data.apply(before, store, scores.rows, device=device)
     for name, those in ((KNN_BEFORE, [before]), (KNN_AFTER, analysis.each_training(after))):
-        found = []
-        for model in those:
-            features = data.features(store, model.backbone, device=device)
-            base, own, queries = map(features.batch, (train, val, scores.rows))
-            found.append(_regress(queries, own, base, *answers))
+        features = (data.features(store, model.backbone, device=device) for model in those)
+        found = [_regress(scores, prepared, store, one.batch, one.batch(train)) for one in features]
         chosen[name], scores.predictions[name] = map(list, zip(*found, strict=True))
     return chosen
 
@@ -915,13 +841,10 @@ def predict_clip_knn(scores, prepared, backbone, images, device="auto"):
     int
         The chosen k.
     """
-    train, val = (prepared.rows(split, images) for split in ("train", "val"))
     encoder, read = models.clip_pair(backbone, device=device)
-    base = read(prepared.pairs["prompt"].iloc[train].tolist())
-    how = {"device": device, "description": "CLIP embeddings"}
-    own, queries = (data.apply(encoder, images, rows, **how) for rows in (val, scores.rows))
-    answers = prepared.targets[train], prepared.targets[val]
-    k, scores.predictions[CLIP_KNN] = _regress(queries, own, base, *answers)
+    base = read(prepared.pairs["prompt"].iloc[prepared.rows("train", images)].tolist())
+    look = functools.partial(data.apply, encoder, images, device=device, description="embedding")
+    k, scores.predictions[CLIP_KNN] = _regress(scores, prepared, images, look, base)
     return k
 
 
@@ -954,14 +877,20 @@ def predict_captions(scores, prepared, encoder, store):
     scores.predictions[TRANSLATED] = (said.double() @ weight.T + bias).float().numpy()
 
 
-def _regress(queries, own, base, targets, true):
-    """Return the k that is best on validation features `own`, and the k-NN's predictions."""
+def _regress(scores, prepared, store, look, base):
+    """Return the k that is best on validation, and the k-NN's predictions with it.
+
+    ``look(rows)`` returns features to find among the training pairs' `base`.
+    """
+    train, val = (prepared.rows(split, store) for split in ("train", "val"))
+    own, targets = look(val), prepared.targets[train]
 
     def on_validation(k):
-        return analysis.cosine(ensemble.knn_regress(own, base, targets, k), true).mean()
+        pred = ensemble.knn_regress(own, base, targets, k)
+        return analysis.cosine(pred, prepared.targets[val]).mean()
 
     k = max((k for k in NEIGHBOURS if k <= len(base)), key=on_validation)
-    return k, ensemble.knn_regress(queries, base, targets, k)
+    return k, ensemble.knn_regress(look(scores.rows), base, targets, k)
 
 
 # --- compare --------------------------------------------------------------------------------------
@@ -1028,21 +957,19 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
     dict of str to Figure
         ``curves``, ``scores``, ``recall`` and ``neighbours``, saved as PNG.
     """
-    opened = {
-        method: [training.load_run(folder) for folder in analysis.each_training(run)]
-        for method, run in runs.items()
-    }
-    seed = next(iter(opened.values()))[0].config.seed
-    files.write_json(folder / f"{name}.json", {"table": table, **about(prepared, seed)})
+    curves = {}
+    for method, run in runs.items():
+        opened = [training.load_run(one) for one in analysis.each_training(run)]
+        curves[method] = [one.metrics for one in opened]
+    facts = about(prepared, opened[0].config.seed)
+    files.write_json(folder / f"{name}.json", {"table": table, **facts})
     ranks = {method: scores.ranks(method) for method in scores.predictions}
     candidates = next(iter(ranks.values())).candidates
-    curves = {method: [run.metrics for run in some] for method, some in opened.items()}
-    last = list(runs)[-1]
     figures = {
         "curves": analysis.plot_curves(curves).figure,
         "scores": analysis.plot_scores(table, reference=paper).figure,
         "recall": analysis.plot_recall({m: r.ranks for m, r in ranks.items()}, candidates).figure,
-        "neighbours": _draw_answers(scores, last, prepared, images),
+        "neighbours": _draw_answers(scores, list(runs)[-1], prepared, images),
     }
     for kind, figure in figures.items():
         analysis.save_figure(figure, folder / f"{name}_{kind}.png")
@@ -1089,4 +1016,4 @@ def results_folder(profile):
     if profile.published:
         return files.root() / profile.published
     message = f"profile {profile.name!r} has no results yet in {files.relative(own)}"
-    raise CacheError(message, f"Run: rsd reproduce --profile {profile.name}")
+    raise errors.CacheError(message, f"Run: rsd reproduce --profile {profile.name}")

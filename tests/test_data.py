@@ -1200,7 +1200,7 @@ def test_apply_is_the_model_on_every_row_in_float32():
 def test_apply_halves_batches_that_memory_does_not_hold_and_says_so_once(capsys):
     values = np.arange(100, dtype=np.float32)[:, None]
     model = Narrow(rows=9)
-    how = {"pick": lambda output: output[0], "device": "cpu", "batch_size": 64}
+    how = {"device": "cpu", "batch_size": 64}
     found = data.apply(model, Memory(values), np.arange(100), **how)
     np.testing.assert_array_equal(found, 2 * values)
     assert model.sizes == [64, 32, 16, *[8] * 8, *[8] * 4, 4]

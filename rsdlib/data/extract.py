@@ -5,6 +5,7 @@ network's latents, captions or features. What it makes of one part is a shard, n
 content and the front's weights and not by which rows are wanted: another cleaning finds it done.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -19,19 +20,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rsdlib import files, runtime
+from rsdlib import errors, files, runtime
 from rsdlib.data.images import decode_image, resize, split_locator
 from rsdlib.data.pairs import load_pairs
 from rsdlib.data.parts import open_part
-from rsdlib.data.stores import Forward, Store, half, weights_key
-from rsdlib.errors import (
-    BadImageError,
-    BadTableError,
-    CacheError,
-    CheckpointError,
-    ConfigError,
-    DeviceError,
-)
+from rsdlib.data.stores import NONE_BAD, Forward, Store, half, weights_key
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
@@ -67,11 +60,8 @@ def pixels(size):
 
 def network(module, size, open=None):
     """Return the front that runs a frozen module; other processes call `open` to have it too."""
-    return Front(size, _key(module, size), open or (lambda: module))
-
-
-def _key(module, size):
-    return files.digest([size, _RULE, weights_key(module)])
+    key = files.digest([size, _RULE, weights_key(module)])
+    return Front(size, key, open or (lambda: module))
 
 
 @functools.lru_cache(8)
@@ -79,10 +69,8 @@ def _opened(front, on):
     import torch
 
     module = front.open().eval().requires_grad_(False)
-    if _key(module, front.size) != front.key:
-        raise CheckpointError(
-            "a frozen network has other weights in this process than in the first"
-        )
+    if network(module, front.size) != front:
+        raise errors.CheckpointError("a frozen network has other weights than in the first process")
     layout = torch.channels_last if on.type == "cuda" else torch.preserve_format
     return Forward(module.to(on, memory_format=layout), on)
 
@@ -97,16 +85,11 @@ def _answers(front, images, device):
 # --- one part -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Some images of a part: their names, why some are bad, and a file for each front."""
-
-    names: list
-    bad: dict
-    paths: list
+# Some images of a part: their names, why some are bad, and a file for each front.
+Shard = collections.namedtuple("Shard", ["names", "bad", "paths"])
 
 
-def make_shards(path, wanted, fronts, folder, device="auto", done=None):
+def make_shards(path, wanted, fronts, folder, device="auto", about=""):
     """Make sure that what each front makes of a part lies whole in `folder`.
 
     Idempotent: what is there is not computed again. Files are written whole or not at all, and
@@ -121,8 +104,8 @@ def make_shards(path, wanted, fronts, folder, device="auto", done=None):
     fronts : sequence of Front
     folder : Path
     device : str
-    done : callable, optional
-        Called with a number of images whenever so many are done.
+    about : str
+        What the progress bar says; without, there is none.
 
     Returns
     -------
@@ -138,8 +121,9 @@ def make_shards(path, wanted, fronts, folder, device="auto", done=None):
             bad = _read_notes(notes)
             missing = [f for f in fronts if bad is None or not _is_whole(paths[f])]
             if missing:
-                bad, arrays = _run(part, names, missing, device, done or (lambda count: None))
-                files.write_json(notes, {"bad": bad, "digest": files.digest(bad)})
+                bad, arrays = _run(part, names, missing, device, about)
+                if _read_notes(notes) != bad:
+                    files.write_json(notes, {"bad": bad, "digest": files.digest(bad)})
                 for front, array in arrays.items():
                     files.save_rows(paths[front], array)
             shards.append(Shard(names, bad, [str(paths[f]) for f in fronts]))
@@ -159,7 +143,7 @@ def _buckets(names):
 
 def _read_notes(path):
     """Return why images of a shard are bad, None if that is not known."""
-    with contextlib.suppress(CacheError, KeyError, TypeError):
+    with contextlib.suppress(errors.CacheError, KeyError, TypeError):
         stored = files.read_json(path)
         if stored["digest"] == files.digest(stored["bad"]):
             return stored["bad"]
@@ -172,12 +156,12 @@ def _is_whole(path):
         try:
             files.open_rows(path, verify=False)
             return True
-        except CacheError as error:
+        except errors.CacheError as error:
             runtime.log(f"{error} Making it again.")
     return False
 
 
-def _run(part, names, fronts, device, done):
+def _run(part, names, fronts, device, about):
     """Return why images are bad, by name, and what each front makes of the others."""
     bad, made = {}, {front: [] for front in fronts}
     sizes = {front.size for front in fronts}
@@ -185,29 +169,27 @@ def _run(part, names, fronts, device, done):
     def decode(name):
         try:
             image = decode_image(part.read(name), name, part.where)
-        except BadImageError as error:
+        except errors.BadImageError as error:
             return error.reason
         return {size: resize(image, size) for size in sizes}
 
-    for batch, decoded in _ahead(decode, names):
+    for batch, decoded in _ahead(decode, names, about):
         bad |= {n: why for n, why in zip(batch, decoded, strict=True) if isinstance(why, str)}
         good = [images for images in decoded if not isinstance(images, str)]
         for front in fronts if good else ():
             images = np.stack([images[front.size] for images in good])
             made[front].append(_answers(front, images, device))
-        done(len(batch))
     return bad, {front: np.concatenate(some or [np.empty(0)]) for front, some in made.items()}
 
 
-def _ahead(function, items):
+def _ahead(function, items, about):
     """Yield batches of items and the function's values; threads work on the next one meanwhile."""
-    starts = range(0, len(items), _BATCH)
-    batches = [items[start : start + _BATCH] for start in starts]
+    batches = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
+    two = list(itertools.zip_longest(batches, batches[1:]))
     with ThreadPoolExecutor(runtime.threads()) as pool:
-        coming = None
-        for batch, following in itertools.zip_longest(batches, batches[1:]):
-            values = coming or pool.map(function, batch)
-            coming = following and pool.map(function, following)
+        coming = pool.map(function, batches[0])
+        for batch, following in runtime.track(two, about) if about else two:
+            values, coming = coming, following and pool.map(function, following)
             yield batch, list(values)
 
 
@@ -280,21 +262,14 @@ def run(parts, wanted, fronts, folder, device="auto", pool=None):
     make = functools.partial(make_shards, fronts=fronts, folder=folder, device=device)
     if pool is None:
         for number, (part, names) in enumerate(zip(parts, wanted, strict=True), 1):
-            about = f"reading images, part {number} of {len(parts)}"
-            ticks = runtime.track(range(max(len(names), 1)), about)
-            yield make(part, names, done=functools.partial(_advance, ticks))
+            about = f"reading images, part {number} of {len(parts)}, {_BATCH} at once"
+            yield make(part, names, about=about)
         return
-    try:
-        with contextlib.closing(pool.map(make, parts, wanted)) as made:  # an error cancels the rest
-            yield from runtime.track(made, "reading images, parts", len(parts))
-    except BrokenProcessPool as error:
-        fix = "Often memory: use fewer processes. Run it again, it goes on where it stopped."
-        raise DeviceError("a process that read images died", fix) from error
-
-
-def _advance(ticks, count):
-    for _ in itertools.islice(ticks, count):
-        pass
+    died = "a process that read images died"
+    fix = "Often memory: use fewer processes. Run it again, it goes on where it stopped."
+    named = errors.refusing(BrokenProcessPool, errors.DeviceError, died, fix)
+    with named, contextlib.closing(pool.map(make, parts, wanted)) as made:  # an error cancels all
+        yield from runtime.track(made, "reading images, parts", len(parts))
 
 
 # --- stores ---------------------------------------------------------------------------------------
@@ -332,55 +307,65 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
         Too many images are bad.
     """
     if on_bad not in ("error", "skip"):
-        raise ConfigError(f"on_bad = {on_bad!r} is unknown", "Use 'error' or 'skip'.")
+        raise errors.ConfigError(f"on_bad = {on_bad!r} is unknown", "Use 'error' or 'skip'.")
     folder = Path(folder or files.cache_dir() / "parts")
     places = pd.DataFrame(map(split_locator, pairs["image"]), columns=["part", "name"])
     groups = places.groupby("part")["name"]
     parts = [files.resolve_path(part) for part in groups.groups]
     index = _Index(folder, parts, places, fronts)
-    found = index.read()
-    if found is None:
+    if not index.read():
         wanted = [names.tolist() for _, names in groups]
-        found = _Found.empty(len(places), len(fronts))
         made = run(parts, wanted, fronts, folder, device, pool)
         for (_, names), shards in zip(groups, made, strict=True):
-            found.add(names, shards)
-            if found.bad and on_bad == "error":
+            index.add(names, shards)
+            if index.bad and on_bad == "error":
                 break
         else:
-            index.write(found)
-    bad = [(*_item(pairs, places, i), reason) for i, reason in sorted(found.bad)]
+            index.write()
+    ids, where = pairs["id"].to_numpy(), places["part"].to_numpy()
+    bad = [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
     if bad and on_bad == "error":
-        raise BadImageError(*bad[0])
+        raise errors.BadImageError(*bad[0])
     if bad:
-        _report_bad(bad, len(places), max_bad)
-    return [found.store(paths, bad) for paths in found.paths]
+        message = f"{len(bad):,} of {len(places):,} images are bad, the first: {', '.join(bad[0])}"
+        if len(bad) > max(5, max_bad * len(places)):
+            fix = f"Get the data again, or raise max_bad = {max_bad}."
+            raise errors.BadTableError(message, fix)
+        runtime.log(f"{message}. They are left out.")
+    return index.stores(pd.DataFrame(bad, columns=NONE_BAD.columns))
 
 
-def _item(pairs, places, row):
-    return pairs["id"].iloc[row], files.relative(places["part"].iloc[row])
+class _Index:
+    """Where everything lies: image i in row ``row[i]`` of file ``shard[i]`` of each front.
 
+    What was stored of it is good as long as all parts are zips that kept size and date.
+    """
 
-def _report_bad(bad, count, max_bad):
-    message = f"{len(bad):,} of {count:,} images are bad, the first: {', '.join(bad[0])}"
-    if len(bad) > max(5, max_bad * count):
-        raise BadTableError(message, f"Get the data again, or raise max_bad = {max_bad}.")
-    runtime.log(f"{message}. They are left out.")
+    def __init__(self, folder, parts, places, fronts):
+        images = pd.util.hash_pandas_object(places, index=False).to_numpy()
+        key = files.digest([files.checksum({"images": images}), [front.key for front in fronts]])
+        self._path, self._stamps = folder / f"index-{key}.safetensors", None
+        if all(part.is_file() for part in parts):
+            self._stamps = [[s.st_size, s.st_mtime_ns] for s in map(os.stat, parts)]
+        self.row = np.full(len(places), -1, np.int32)
+        self.shard = np.zeros(len(places), np.int32)
+        self.paths = [[] for _ in fronts]
+        self.bad = []  # (image, reason)
 
+    def read(self):
+        """Take up what is stored; tell whether that is there and good."""
+        with contextlib.suppress(errors.CacheError):
+            arrays, meta = files.load_arrays(self._path)
+            shards = itertools.chain(*meta["paths"])
+            if meta.pop("stamps") == self._stamps and all(_is_whole(Path(p)) for p in shards):
+                vars(self).update(arrays | meta)
+                return True
+        return False
 
-@dataclass
-class _Found:
-    """Where everything lies: image i in row ``row[i]`` of file ``shard[i]`` of each front."""
-
-    shard: np.ndarray
-    row: np.ndarray
-    paths: list  # for each front
-    bad: list  # (image, reason)
-
-    @classmethod
-    def empty(cls, images, fronts):
-        row = np.full(images, -1, np.int32)
-        return cls(np.zeros(images, np.int32), row, [[] for _ in range(fronts)], [])
+    def write(self):
+        if self._stamps is not None:
+            meta = {"stamps": self._stamps, "paths": self.paths, "bad": self.bad}
+            files.save_arrays(self._path, {"shard": self.shard, "row": self.row}, meta)
 
     def add(self, names, shards):
         """Look up the images of one part: a Series of names, its index the images."""
@@ -393,38 +378,14 @@ class _Found:
             for paths, path in zip(self.paths, made.paths, strict=True):
                 paths.append(path)
 
-    def store(self, paths, bad):
-        """Return the store of one front."""
+    def stores(self, bad):
+        """Return the store of each front."""
         where = files.checksum({"shard": self.shard, "row": self.row})
-        key = files.digest([[Path(path).name for path in paths], where])
-        store = Store(paths, self.shard, self.row, key)
-        store.bad = pd.DataFrame(bad, columns=store.bad.columns)
-        return store
-
-
-class _Index:
-    """What was found, good as long as all parts are zips that kept size and date."""
-
-    def __init__(self, folder, parts, places, fronts):
-        images = pd.util.hash_pandas_object(places, index=False).to_numpy()
-        key = files.digest([files.checksum({"images": images}), [front.key for front in fronts]])
-        self._path = folder / f"index-{key}.safetensors"
-        self._stamps = None
-        if all(part.is_file() for part in parts):
-            self._stamps = [[s.st_size, s.st_mtime_ns] for s in map(os.stat, parts)]
-
-    def read(self):
-        with contextlib.suppress(CacheError):
-            arrays, meta = files.load_arrays(self._path)
-            shards = itertools.chain(*meta["paths"])
-            if meta.pop("stamps") == self._stamps and all(_is_whole(Path(p)) for p in shards):
-                return _Found(**arrays, **meta)
-        return None
-
-    def write(self, found):
-        if self._stamps is not None:
-            meta = {"stamps": self._stamps, "paths": found.paths, "bad": found.bad}
-            files.save_arrays(self._path, {"shard": found.shard, "row": found.row}, meta)
+        stores = []
+        for paths in self.paths:
+            key = files.digest([[Path(path).name for path in paths], where])
+            stores.append(Store(paths, self.shard, self.row, key, bad))
+        return stores
 
 
 def check_shards(folder=None):
@@ -446,7 +407,7 @@ def check_shards(folder=None):
     for path in runtime.track(paths, "checking stored arrays"):
         try:
             files.open_rows(path)
-        except CacheError:
+        except errors.CacheError:
             path.unlink()
             damaged.append(files.relative(path))
     return len(paths) - len(damaged), damaged

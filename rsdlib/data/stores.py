@@ -17,6 +17,7 @@ from rsdlib.data.images import open_image, resize
 from rsdlib.errors import BadValueError, DeviceError
 
 _SHARD = 1000  # rows a shard
+NONE_BAD = pd.DataFrame(columns=["id", "part", "reason"])
 
 
 @functools.lru_cache(64)  # each map holds its file open, and a process may open a few hundred
@@ -49,21 +50,19 @@ class Store:
         A negative row: there is none.
     key : str
         Changes with any byte of any input, with which rows are missing and with their order.
+    bad : pandas.DataFrame
+        The images that cannot be read: ``id``, ``part``, ``reason``.
 
     Attributes
     ----------
     ok : ndarray of shape (n,), bool
         Which rows there are.
-    bad : pandas.DataFrame
-        The images that cannot be read: ``id``, ``part``, ``reason``.
     """
 
-    bad = pd.DataFrame(columns=["id", "part", "reason"])
-
-    def __init__(self, paths, shard, row, key):
+    def __init__(self, paths, shard, row, key, bad=NONE_BAD):
         _mapped.cache_clear()  # a file that was damaged may have been mapped before it was replaced
         self._paths, self._shard, self._row = [str(path) for path in paths], shard, row
-        self.ok, self.key = row >= 0, key
+        self.ok, self.key, self.bad = row >= 0, key, bad
 
     def batch(self, rows):
         """Gather rows.
@@ -85,7 +84,8 @@ class Store:
         """
         rows = _checked_rows(self, rows)
         shard, row = self._shard[rows], self._row[rows]
-        batch = np.empty((len(rows), *self._like.shape[1:]), self._like.dtype)
+        dtype = np.float32 if self._like.dtype == np.float16 else self._like.dtype
+        batch = np.empty((len(rows), *self._like.shape[1:]), dtype)
         for number in np.unique(shard):  # each file is mapped once
             here = shard == number
             batch[here] = _mapped(self._paths[number])[row[here]]
@@ -93,11 +93,10 @@ class Store:
 
     @functools.cached_property
     def _like(self):
-        """An array (0, ...) of a batch's shape and type; float16 is read as float32."""
+        """An array (0, ...) of the rows' shape and type."""
         if not self.ok.any():
             return np.empty(0, np.float32)
-        like = _mapped(self._paths[self._shard[self.ok.argmax()]])[:0]
-        return like.astype(np.float32) if like.dtype == np.float16 else like
+        return _mapped(self._paths[self._shard[self.ok.argmax()]])[:0]
 
     def __len__(self):
         return len(self.ok)
@@ -110,14 +109,11 @@ class Store:
         path, rows = Path(folder) / f"{self.key}.npy", np.flatnonzero(self.ok)
         if not path.exists():
             batches = np.split(rows, range(_SHARD, len(rows), _SHARD))
-            like = _mapped(self._paths[self._shard[rows[0]]])[:0]
-            tracked = runtime.track(batches, f"copying to {folder}")
-            arrays = (self.batch(some).astype(like.dtype) for some in tracked)
-            files.save_row_batches(path, (len(rows), *like.shape[1:]), like.dtype, arrays)
+            arrays = map(self.batch, runtime.track(batches, f"copying to {folder}"))
+            shape = len(rows), *self._like.shape[1:]
+            files.save_row_batches(path, shape, self._like.dtype, arrays)
         row = np.where(self.ok, np.cumsum(self.ok) - 1, -1)
-        copy = Store([path], np.zeros(len(row), np.int32), row, self.key)
-        copy.bad = self.bad
-        return copy
+        return Store([path], np.zeros(len(row), np.int32), row, self.key, self.bad)
 
 
 class Unstored:
@@ -193,18 +189,12 @@ def features(store, network, folder=None, device="auto"):
     key, rows = files.digest([weights_key(network), store.key]), np.flatnonzero(store.ok)
     starts, paths = range(0, len(rows), _SHARD), []
     for number, start in enumerate(starts):
-        note = f"computing features, shard {number + 1} of {len(starts)}"
-        part = rows[start : start + _SHARD]
-        how = {"device": device, "description": note}
-        make = functools.partial(_in_half, network, store, part, how)
+        how = {"device": device, "description": f"features, shard {number + 1} of {len(starts)}"}
+        make = functools.partial(apply, network, store, rows[start : start + _SHARD], **how)
         paths.append(folder / f"{key}-{number:05d}.npy")
-        files.cached_rows(paths[-1], make)
+        files.cached_rows(paths[-1], lambda make=make: half(make()))
     place = np.cumsum(store.ok) - 1  # (n,): which of the rows that the store has
     return Store(paths, place // _SHARD, np.where(store.ok, place % _SHARD, -1), key)
-
-
-def _in_half(network, store, rows, how):
-    return half(apply(network, store, rows, **how))
 
 
 def half(values):
@@ -212,8 +202,7 @@ def half(values):
     with np.errstate(over="ignore"):
         values = values.astype(np.float16)
     if not np.isfinite(values).all():
-        message = "the network's features are not finite in float16"
-        raise BadValueError(message, "It may have diverged: train with a lower lr.")
+        raise BadValueError("the network's features are not finite in float16", "Lower its lr.")
     return values
 
 
@@ -258,15 +247,13 @@ class PairStore:
 
     def batch(self, rows):
         """Return tensors: input (b, ...), target (b, d), and if there are any, labels (b, m)."""
+        return self.answers(rows, input=self.store.batch(rows))
+
+    def answers(self, rows, **arrays):
+        """Return everything of a batch but its inputs; and `arrays`, as tensors."""
         import torch
 
-        return {"input": torch.from_numpy(self.store.batch(rows)), **self.answers(rows)}
-
-    def answers(self, rows):
-        """Return everything of a batch but its inputs."""
-        import torch
-
-        arrays = {"target": self.targets[rows]}
+        arrays["target"] = self.targets[rows]
         if self.labels is not None:
             arrays["labels"] = np.unpackbits(self.labels[rows], axis=1, count=self.vocabulary_size)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -304,15 +291,12 @@ class Forward:
     Parameters
     ----------
     model : nn.Module
-        Moved to the device.
+        Moved to the device. Of several outputs the first counts.
     on : torch.device
-    pick : callable, optional
-        Takes the model's output to the tensor (b, p) that is wanted.
     """
 
-    def __init__(self, model, on, pick=None):
-        self.model, self.on, self.pick = model.to(on), on, pick
-        self._size = None
+    def __init__(self, model, on):
+        self.model, self.on, self._size = model.to(on), on, None
 
     def __call__(self, inputs):
         """Return the answers (n, p), float32, to an array (n, ...)."""
@@ -324,23 +308,19 @@ class Forward:
             while len(inputs):
                 try:
                     output = self.model(torch.from_numpy(inputs[:size]).to(self.on))
-                    output = output if self.pick is None else self.pick(output)
+                    output = output[0] if isinstance(output, tuple) else output
                     outputs.append(output.float().cpu().numpy())
                     inputs = inputs[size:]
                 except torch.OutOfMemoryError as error:
                     if size == 1:
-                        message = f"{self.on} has too little memory for one row"
-                        raise DeviceError(message) from error
+                        raise DeviceError(f"{self.on} has too little memory for one row") from error
                     if self._size is None:
-                        note = f"{self.on} has too little memory for {size} rows: fewer at a time"
-                        runtime.log(note)
+                        runtime.log(f"{self.on} has too little memory for {size} rows: halved")
                     size = self._size = size // 2
         return np.concatenate(outputs)
 
 
-def apply(
-    model, store, rows, *, pick=None, device="auto", batch_size=256, description="predicting"
-):
+def apply(model, store, rows, *, device="auto", batch_size=256, description="predicting"):
     """Map `model` over the inputs of `rows` in batches, see `Forward`.
 
     Parameters
@@ -349,8 +329,6 @@ def apply(
         Moved to the device.
     store : any store
     rows : array of int (n,)
-    pick : callable, optional
-        Takes the model's output to the tensor (b, p) that is wanted.
     device : str
     batch_size : int
     description : str
@@ -365,6 +343,6 @@ def apply(
     DeviceError
         The memory does not hold a single row.
     """
-    run = Forward(model, runtime.device(device), pick)
+    run = Forward(model, runtime.device(device))
     parts = np.split(np.asarray(rows), range(batch_size, len(rows), batch_size))
     return np.concatenate([run(store.batch(p)) for p in runtime.track(parts, description)])

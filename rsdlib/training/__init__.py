@@ -1,5 +1,6 @@
 """Training: the one loop with its run folders, and the order in which a model meets the pairs."""
 
+from rsdlib.training import runs
 from rsdlib.training.curriculum import (
     CBS,
     LeRaC,
@@ -13,19 +14,14 @@ from rsdlib.training.curriculum import (
     stages,
     without_hardest,
 )
-from rsdlib.training.loop import Callback, Plan, Stage, State, fit
+from rsdlib.training.loop import Callback, Plan, Stage, fit
 from rsdlib.training.processes import end_with_parent, is_one_of_many, launch
 from rsdlib.training.runs import (
     CHECKPOINT,
-    ENVIRONMENT,
     WEIGHTS,
     Run,
-    claim,
     is_finished,
-    load_arrays_into,
     load_run,
     load_weights,
-    made_from,
     save_weights,
-    to_numpy,
 )

@@ -248,13 +248,11 @@ class CBS(Callback):
 
 def feature_maps(model):
     """Return what CBS blurs, module to layout: wide convolutions, or else transformer blocks."""
-    convolutions = {
-        module: CHANNELS_FIRST
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and 3 <= module.kernel_size[0] != module.stride[0]
-    }
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    wide = [module for module in convolutions if 3 <= module.kernel_size[0] != module.stride[0]]
     blocks = {module: BLOCKS.get(type(module).__name__) for module in model.modules()}
-    return convolutions or {module: layout for module, layout in blocks.items() if layout}
+    layouts = dict.fromkeys(wide, CHANNELS_FIRST) or blocks
+    return {module: layout for module, layout in layouts.items() if layout}
 
 
 def smoothed(maps, sigma, layout=CHANNELS_FIRST):
@@ -271,9 +269,8 @@ def smoothed(maps, sigma, layout=CHANNELS_FIRST):
         return smoothed(maps.permute(0, 3, 1, 2), sigma).permute(0, 2, 3, 1)
     side = torch.exp(torch.tensor(-0.5 / sigma**2)).item()
     line = torch.tensor([side, 1.0, side], device=maps.device, dtype=maps.dtype) / (1 + 2 * side)
-    channels = maps.shape[1]
-    kernel = torch.outer(line, line).expand(channels, 1, 3, 3)
-    return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
+    kernel = torch.outer(line, line).expand(maps.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=maps.shape[1])
 
 
 class LeRaC(Callback):

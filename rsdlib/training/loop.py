@@ -54,8 +54,7 @@ class Plan:
 
     def __init__(self, stages, config):
         if not stages or min(len(stage.rows) for stage in stages) < 2:
-            message = "there is nothing to train on: a stage with less than two rows"
-            raise BadValueError(message, "Check the split and the filters.")
+            raise BadValueError("nothing to train on: a stage with less than two rows", "Add data.")
         self.config = config
         self.epochs = [stage.rows for stage in stages for _ in range(stage.epochs)]
         # A last batch of one row joins the one before: BatchNorm cannot train on it alone.
@@ -77,11 +76,10 @@ class Plan:
         while step < self.total:
             epoch = self.epoch(step)
             order = runtime.rng("order", self.config.seed, epoch).permutation(self.epochs[epoch])
-            for now in range(step, int(self.starts[epoch + 1])):
-                first = (now - int(self.starts[epoch])) * self.config.batch_size
-                is_last = now + 1 == self.starts[epoch + 1]
-                yield order[first : None if is_last else first + self.config.batch_size]
-            step = int(self.starts[epoch + 1])
+            start, end = self.starts[epoch : epoch + 2].tolist()
+            batches = np.split(order, self.config.batch_size * np.arange(1, end - start))
+            yield from batches[step - start :]
+            step = end
 
     def lr_factor(self, step):
         """Return the rate of `step` as a share of its peak.
@@ -134,8 +132,8 @@ class Callback:
     Methods
     -------
     begin(state), before_step(state), after_epoch(state, record), end(state)
-        `state` has ``step``, ``plan``, ``model`` (unwrapped) and ``optimizer``; `record` is the
-        epoch's line of ``metrics.jsonl``.
+        `state` is the running loop: it has ``step``, ``plan``, ``model`` (unwrapped) and
+        ``optimizer``; `record` is the epoch's line of ``metrics.jsonl``.
     """
 
     def begin(self, state):
@@ -149,18 +147,6 @@ class Callback:
 
     def end(self, state):
         """Run once, after the last step or what stopped the run before."""
-
-
-@dataclass
-class State:
-    """Where a run stands; its numbers go into the checkpoint as they are."""
-
-    plan: Plan
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    best_epoch: int = -1
-    best_score: float = -math.inf
 
 
 def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), recipe=None):
@@ -222,113 +208,87 @@ def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), re
 
 
 class _Loop:
-    """One call of `fit`: accelerate's pieces, and what is gathered between two checkpoints."""
+    """One call of `fit`: where it stands, and what is gathered between two checkpoints."""
 
     def __init__(self, model, data, plan, folder, objective, callbacks):
         self.data, self.folder = data, folder
         self.objective, self.callbacks = objective, callbacks
-        self.config = plan.config
+        self.plan, self.config, self.model = plan, plan.config, model
         self.accelerator = _accelerator(self.config)
         self.device = self.accelerator.device
-        rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.reader = _Batches(data, objective, self.config, rank, self.world)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.reader = _Batches(data, objective, self.config, self.rank, self.world)
         groups = _groups(model, self.config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
-        self.state = State(plan, model, optimizer)
-        self.records = []
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
+        self.step, self.best_epoch, self.best_score, self.records = 0, -1, -math.inf, []
         self.history = np.full((len(plan.epochs), len(data)), np.nan, np.float32)
         for callback in callbacks:
-            callback.begin(self.state)
+            callback.begin(self)
         together = self.world > 1 and self.config.micro_batches == 1
         self.norms = processes.share_norms(model) if together else []
         if self.config.compile:
             model.compile()
-        self.model = self.accelerator.prepare_model(model.to(self.device))
-        self._resume()
+        self.wrapped = self.accelerator.prepare_model(model.to(self.device))
         # This epoch's similarities, which rows have one, and the loss since the last line: all on
         # the device, so that no step waits for the host.
         self.similarity = torch.zeros(len(data), device=self.device)
         self.visited = torch.zeros(len(data), device=self.device)
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._take_up_epoch(rank)
-
-    def _take_up_epoch(self, rank):
-        """Put the similarities of a half-finished epoch back to where they are gathered."""
-        state = self.state
-        if rank or state.step == state.plan.total:
-            return
-        stored = self.history[state.plan.epoch(state.step)]
-        known = np.flatnonzero(np.isfinite(stored))
-        self.similarity[known] = torch.from_numpy(stored[known]).to(self.device)
-        self.visited[known] = 1
+        self._resume()
 
     def run(self):
-        self.started, self.first_step = time.monotonic(), self.state.step
-        self.logged_step = self.state.step
-        self.model.train()
+        self.started = time.monotonic()
+        self.first_step = self.logged_step = self.step
+        self.wrapped.train()
         try:
             self._steps()
         finally:
             for callback in self.callbacks:
-                callback.end(self.state)
-            self._give_back()
-        self.accelerator.wait_for_everyone()
+                callback.end(self)
+            # The model is left as it came.
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            self.model._compiled_call_impl = None
+            for norm, kind in self.norms:
+                norm.__class__ = kind
         if self.accelerator.is_main_process:
             self._write_difficulty()
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
 
-    def _give_back(self):
-        """Leave the model as it came."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.state.model._compiled_call_impl = None
-        for norm, kind in self.norms:
-            norm.__class__ = kind
-
     def _steps(self):
-        state, plan = self.state, self.state.plan
         for parts, whole in self._loader():
             self._step(parts, whole)
-            state.step += 1
-            epoch = plan.epoch(state.step - 1)
-            if state.step == plan.starts[epoch + 1]:
+            self.step += 1
+            epoch = self.plan.epoch(self.step - 1)
+            if self.step == self.plan.starts[epoch + 1]:
                 self._end_epoch(epoch)
-            elif state.step % self.config.save_every == 0:
+            elif self.step % self.config.save_every == 0:
                 self._log(epoch)
                 self.history[epoch] = self._similarities()
                 self._save(epoch)
-            elif state.step % self.config.log_every == 0:
+            elif self.step % self.config.log_every == 0:
                 self._log(epoch)
 
     def _loader(self):
-        on_gpu = self.device.type == "cuda"
-        workers = self.config.workers
-        if workers is None:
-            workers = 2 if on_gpu else 0
-        return torch.utils.data.DataLoader(
-            self.reader,
-            sampler=self.state.plan.batches(self.state.step),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=on_gpu,
-            generator=torch.Generator(),  # the loader draws from it, not from the caller's
-        )
+        on_gpu, workers = self.device.type == "cuda", self.config.workers
+        how = {"num_workers": 2 * on_gpu if workers is None else workers, "pin_memory": on_gpu}
+        how["generator"] = torch.Generator()  # the loader draws from it, not from the caller's
+        batches = self.plan.batches(self.step)
+        return torch.utils.data.DataLoader(self.reader, sampler=batches, batch_size=None, **how)
 
     def _step(self, parts, whole):
-        state, config = self.state, self.config
+        config = self.config
         for callback in self.callbacks:
-            callback.before_step(state)
-        factor = state.plan.lr_factor(state.step)
-        for group in state.optimizer.param_groups:
+            callback.before_step(self)
+        factor = self.plan.lr_factor(self.step)
+        for group in self.optimizer.param_groups:
             group["lr"] = config.lr * factor * group.get("lr_scale", 1.0)
-        rank = self.accelerator.process_index
-        torch.manual_seed(runtime.torch_seed("step", config.seed, state.step, rank))
+        torch.manual_seed(runtime.torch_seed("step", config.seed, self.step, self.rank))
         for number, (batch, rows, share) in enumerate(parts, 1):
             for norm, _ in self.norms:
                 norm.counts = float(share > 0)
             is_last = number == len(parts)
-            synced = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
-            with synced:
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 loss, similarity = self._backward(batch, whole, share)
             if share:
                 where = torch.as_tensor(rows, device=self.device)
@@ -336,10 +296,9 @@ class _Loop:
                 self.similarity[where] = similarity.detach().float()
                 self.visited[where] = 1
         if config.clip is not None:
-            trained = [p for p in state.model.parameters() if p.requires_grad]
-            torch.nn.utils.clip_grad_norm_(trained, config.clip)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _backward(self, batch, whole, share):
         """Add the gradients of one part of a global batch; return its loss and similarities."""
@@ -348,7 +307,7 @@ class _Loop:
         try:
             with _attention(self.device):  # checkpointed layers run again on the way back
                 with self.accelerator.autocast():
-                    loss, similarity = self.objective(self.model, batch)
+                    loss, similarity = self.objective(self.wrapped, batch)
                 # Processes average their gradients: times their number, shares add up to the mean.
                 self.accelerator.backward(loss * (share * self.world))
         except torch.OutOfMemoryError as error:
@@ -367,7 +326,7 @@ class _Loop:
 
     def _log(self, epoch, **more):
         """Add a line to the metrics: the mean loss since the last one."""
-        step = self.state.step
+        step = self.step
         loss = float(self.accelerator.reduce(self.loss, "sum")) / max(step - self.logged_step, 1)
         if not math.isfinite(loss):
             message = f"the loss is not finite between steps {self.logged_step} and {step}"
@@ -375,7 +334,7 @@ class _Loop:
             raise RsdError(message, fix)
         self.loss.zero_()
         rate = (step - self.first_step) / (time.monotonic() - self.started)
-        lr = self.config.lr * self.state.plan.lr_factor(step - 1)
+        lr = self.config.lr * self.plan.lr_factor(step - 1)
         record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr}
         self.records.append({**record, "steps_per_second": round(rate, 3), **more})
         self.logged_step = step
@@ -384,102 +343,95 @@ class _Loop:
             files.write_text(self.folder / runs.METRICS, lines)
 
     def _end_epoch(self, epoch):
-        state = self.state
         self.history[epoch] = self._similarities()
         self.similarity.zero_()
         self.visited.zero_()
         train = float(np.nanmean(self.history[epoch]))
         val, val_loss = self._validate()
         self._log(epoch, train_similarity=train, val_similarity=val, val_loss=val_loss)
-        is_best = val > state.best_score
+        is_best = val > self.best_score
         if is_best:
-            state.best_epoch, state.best_score = epoch, val
+            self.best_epoch, self.best_score = epoch, val
             if self.accelerator.is_main_process:
                 meta = {"epoch": epoch, "val_similarity": val}
-                runs.save_weights(state.model, self.folder / runs.WEIGHTS, meta)
-        rate = self.records[-1]["steps_per_second"]
-        left = (state.plan.total - state.step) / rate if rate else 0
-        runtime.log(
-            f"epoch {epoch + 1}/{len(state.plan.epochs)}: cosine train {train:.4f}, "
-            f"val {val:.4f}{' (best)' if is_best else ''}, about {left:.0f} s left"
-        )
+                runs.save_weights(self.model, self.folder / runs.WEIGHTS, meta)
+        seconds = (time.monotonic() - self.started) / (self.step - self.first_step)
+        left = f"about {(self.plan.total - self.step) * seconds:.0f} s left"
+        cosines = f"cosine train {train:.4f}, val {val:.4f}{' (best)' if is_best else ''}"
+        runtime.log(f"epoch {epoch + 1}/{len(self.plan.epochs)}: {cosines}, {left}")
         for callback in self.callbacks:
-            callback.after_epoch(state, self.records[-1])
+            callback.after_epoch(self, self.records[-1])
         self._save(epoch)
 
     def _validate(self):
         """Return mean similarity and loss over the validation rows, each row once."""
         rows = np.asarray(self.data.val)
         if not len(rows):
-            message = "there are no validation rows, so no best epoch"
-            raise BadValueError(message, "Raise val_fraction or add data.")
-        mine = np.array_split(rows, self.world)[self.accelerator.process_index]
+            raise BadValueError("there are no validation rows", "Raise val_fraction or add data.")
+        mine = np.array_split(rows, self.world)[self.rank]
         whole = self.reader.whole(rows)
         size = max(self.config.batch_size // self.config.micro_batches, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with evaluating(self.state.model), self.accelerator.autocast():
+        with evaluating(self.model), self.accelerator.autocast():
             for start in range(0, len(mine), size):
                 part = mine[start : start + size]
                 batch = self._to_device(self.data.batch(part)) | whole
-                loss, similarity = self.objective(self.state.model, batch)
+                loss, similarity = self.objective(self.model, batch)
                 sums += torch.stack([similarity.double().sum(), loss.double() * len(part)])
-        similarity, loss = (self.accelerator.reduce(sums, "sum") / len(rows)).tolist()
-        return similarity, loss
+        return (self.accelerator.reduce(sums, "sum") / len(rows)).tolist()
 
     def _save(self, epoch):
         if not self.accelerator.is_main_process:
             return
-        state = self.state
-        meta = {name: getattr(state, name) for name in ("step", "best_epoch", "best_score")}
-        meta["records"] = self.records
+        names = ("step", "best_epoch", "best_score", "records")
+        meta = {name: getattr(self, name) for name in names}
         path, history = self.folder / runs.CHECKPOINT, self.history[: epoch + 1]
-        runs.save_checkpoint(path, state.model, state.optimizer, history, meta)
+        runs.save_checkpoint(path, self.model, self.optimizer, history, meta)
 
     def _resume(self):
-        """Take up the checkpoint if there is one, and say what changed since it began."""
-        state, path = self.state, self.folder / runs.CHECKPOINT
+        """Take up the checkpoint if there is one, and its half-finished epoch; say what changed."""
+        path = self.folder / runs.CHECKPOINT
         precision = self.accelerator.mixed_precision.replace("no", "fp32")
         now = {**runtime.environment(), "device": str(self.device), "precision": precision}
         if not path.exists():
             if self.accelerator.is_main_process:
                 files.write_json(self.folder / runs.ENVIRONMENT, now)
             return
-        history, meta = runs.load_checkpoint(path, state.model, state.optimizer)
+        history, meta = runs.load_checkpoint(path, self.model, self.optimizer)
         self.history[: len(history)] = history
-        self.records = meta.pop("records")
         for name, value in meta.items():
-            setattr(state, name, value)
+            setattr(self, name, value)
         before = files.read_json(self.folder / runs.ENVIRONMENT)
         watched = ("threads", "versions", "cpu_capability", "gpu", "device", "precision")
         changed = ", ".join(name for name in watched if before.get(name) != now[name])
-        where = (
-            f"{files.relative(self.folder)}: resuming at step {state.step} of {state.plan.total}"
-        )
         note = f"; {changed} changed since it began, so its last digits may differ"
-        runtime.log(where + (note if changed else ""))
+        where = f"resuming at step {self.step} of {self.plan.total}{note if changed else ''}"
+        runtime.log(f"{files.relative(self.folder)}: {where}")
+        if not self.rank and self.step < self.plan.total:
+            stored = torch.from_numpy(self.history[self.plan.epoch(self.step)])
+            self.visited += stored.isfinite().to(self.device)
+            self.similarity += stored.nan_to_num().to(self.device)
 
     def _write_difficulty(self):
         """Write each training sample's similarity in each epoch, in row order."""
-        rows = np.unique(np.concatenate(self.state.plan.epochs))
+        rows = np.unique(np.concatenate(self.plan.epochs))
         columns = {f"epoch_{e}": values[rows] for e, values in enumerate(self.history, 1)}
-        table = pd.DataFrame({"row": rows, **columns})
-        files.write_parquet(self.folder / runs.DIFFICULTY, table)
+        files.write_parquet(self.folder / runs.DIFFICULTY, pd.DataFrame({"row": rows, **columns}))
 
 
 def _accelerator(config):
     """Return accelerate's view of this machine, fresh: a process may train several times."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    import accelerate
 
     device = runtime.device(config.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    chosen = runtime.precision(config.precision, device)
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    precision = "no" if chosen == "fp32" else chosen
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    many = torch.distributed.is_initialized()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=not many)
+    precision = runtime.precision(config.precision, device).replace("fp32", "no")
+    return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
 def _attention(device):

@@ -116,11 +116,11 @@ class SharedNorm(nn.modules.batchnorm._BatchNorm):
 
 def share_norms(model):
     """Let every batch normalisation of a model see the rows of all processes; return those."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kinds = [type(norm) for norm in norms]
-    for norm in norms:
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [(module, type(module)) for module in model.modules() if isinstance(module, kind)]
+    for norm, _ in norms:
         norm.__class__ = SharedNorm  # its weights, their names and its hooks stay
-    return list(zip(norms, kinds, strict=True))
+    return norms
 
 
 def is_one_of_many():

@@ -1,5 +1,6 @@
 """Run folders: who may write to one, what it was made from, its weights, its checkpoint."""
 
+import collections
 import contextlib
 import json
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from rsdlib import files, runtime
 from rsdlib.config import FREE, TrainConfig
-from rsdlib.errors import CacheError, CheckpointError, RunBusyError
+from rsdlib.errors import CacheError, CheckpointError, RunBusyError, refusing
 
 LAYOUT = 2  # of a run folder; another one is refused by name
 CONFIG, ENVIRONMENT = "config.json", "run.json"
@@ -84,13 +85,9 @@ def load_run(folder):
         message = f"{files.relative(folder)} holds no finished run"
         raise CacheError(message, "Train first: rsd run 01_train_vit.")
     stored = made_from(folder)
-    return Run(
-        folder,
-        TrainConfig(**stored["train"]),
-        stored["recipe"],
-        pd.read_json(folder / METRICS, lines=True),
-        pd.read_parquet(folder / DIFFICULTY),
-    )
+    metrics = pd.read_json(folder / METRICS, lines=True)
+    difficulty = pd.read_parquet(folder / DIFFICULTY)
+    return Run(folder, TrainConfig(**stored["train"]), stored["recipe"], metrics, difficulty)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -103,13 +100,10 @@ def locked(folder):
     if not runtime.is_main_process():
         yield
         return
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(lock)
-        except filelock.Timeout as error:
-            message = f"another process is training in {files.relative(folder)}"
-            raise RunBusyError(message, "Wait for it, or use another folder.") from error
+    message = f"another process is training in {files.relative(folder)}"
+    with refusing(filelock.Timeout, RunBusyError, message, "Wait for it, or use another folder."):
+        lock = filelock.FileLock(folder / ".lock", timeout=0).acquire()
+    with lock:
         files.remove_leftovers(folder)
         yield
 
@@ -122,21 +116,13 @@ def claim(folder, settings):
         if runtime.is_main_process():
             files.write_json(path, settings)
         return
-    free = {f"train.{name}" for name in FREE}
-    differing = sorted(set(_differences(made_from(folder), settings)) - free)
+    tables = map(pd.json_normalize, (made_from(folder), settings))  # nested names are dotted ones
+    before, now = (table.to_dict("records")[0] for table in tables)
+    fixed = (before | now).keys() - {f"train.{name}" for name in FREE}
+    differing = sorted(name for name in fixed if before.get(name) != now.get(name))
     if differing:
         message = f"{files.relative(folder)} holds another run; different: {', '.join(differing)}"
         raise CheckpointError(message, "Use another folder, or delete this one.")
-
-
-def _differences(a, b, prefix=""):
-    """Return the dotted names under which two nested dicts differ."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return [] if a == b else [prefix.rstrip(".")]
-    names = []
-    for key in a.keys() | b.keys():
-        names += _differences(a.get(key), b.get(key), f"{prefix}{key}.")
-    return names
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -190,9 +176,9 @@ def load_arrays_into(model, arrays, path):
         raise CheckpointError(message, "Load it into the model it was made from.") from error
 
 
-def to_numpy(tensors):
-    """Return named tensors as arrays."""
-    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+def to_numpy(tensors, below=""):
+    """Return named tensors as arrays, perhaps with a word before each name."""
+    return {below + name: value.detach().cpu().numpy() for name, value in tensors.items()}
 
 
 def to_torch(arrays):
@@ -200,31 +186,31 @@ def to_torch(arrays):
     return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
 
 
+def grouped(arrays):
+    """Return named arrays by what stands before the first dot of their names."""
+    groups = collections.defaultdict(dict)
+    for name, value in arrays.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = value
+    return groups
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, model, optimizer, history, meta):
     """Write everything a run needs to go on, as one file: it is whole or not there."""
-    arrays = {f"model.{name}": value for name, value in to_numpy(model.state_dict()).items()}
-    for number, values in optimizer.state_dict()["state"].items():
-        for name, value in to_numpy(values).items():
-            arrays[f"optimizer.{number}.{name}"] = value
-    arrays["history"] = history
+    arrays = {"history": history, **to_numpy(model.state_dict(), "model.")}
+    for number, moments in optimizer.state_dict()["state"].items():
+        arrays |= to_numpy(moments, f"optimizer.{number}.")
     files.save_arrays(path, arrays, meta)
 
 
 def load_checkpoint(path, model, optimizer):
     """Load a checkpoint into a model and its optimizer; return its history and its meta."""
     arrays, meta = files.load_arrays(path)
-    weights, moments = {}, {}
-    for name, value in arrays.items():
-        kind, _, rest = name.partition(".")
-        if kind == "model":
-            weights[rest] = value
-        elif kind == "optimizer":
-            number, _, moment = rest.partition(".")
-            moments.setdefault(int(number), {})[moment] = value
-    load_arrays_into(model, weights, path)
-    state = {number: to_torch(values) for number, values in moments.items()}
+    stored = grouped(arrays)
+    load_arrays_into(model, stored["model"], path)
+    state = {int(n): to_torch(moments) for n, moments in grouped(stored["optimizer"]).items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return arrays["history"], meta
