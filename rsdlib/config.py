@@ -9,13 +9,14 @@ import functools
 import tomllib
 import typing
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import to_jsonable_python
 
 from rsdlib.errors import ConfigError
 
@@ -55,22 +56,9 @@ def did_you_mean(name, known):
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
 
 
-def replace(values, **changes):
-    """Return settings with `changes`, checked like new ones."""
-    fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
-    return type(values)(**{**fields, **changes})
-
-
 def as_dict(values):
     """Return settings as plain nested dicts and lists, ready for JSON and for `files.digest`."""
-    if dataclasses.is_dataclass(values):
-        fields = dataclasses.fields(values)
-        return {field.name: as_dict(getattr(values, field.name)) for field in fields}
-    if isinstance(values, Mapping):
-        return {name: as_dict(value) for name, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [as_dict(value) for value in values]
-    return values
+    return to_jsonable_python(values, fallback=dict)
 
 
 def _frozen(value):
@@ -78,6 +66,11 @@ def _frozen(value):
     if isinstance(value, Mapping):
         return MappingProxyType({name: _frozen(inner) for name, inner in value.items()})
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _nested(kind):
+    """Return the type of a setting that holds settings; a dict of these will do."""
+    return Annotated[kind, BeforeValidator(lambda v: kind(**v) if isinstance(v, Mapping) else v)]
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -108,7 +101,7 @@ class DataConfig:
 
     # Folder in DiffusionDB's layout, or with metadata.csv / metadata.jsonl; several as in PATH.
     source: str
-    clean: CleanConfig = CleanConfig()
+    clean: _nested(CleanConfig) = CleanConfig()
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.04
     turn: Share = 0.0  # another split of the same size: by test_fraction, and nothing is shared
@@ -195,11 +188,11 @@ class Profile:
     """One size of the whole project."""
 
     name: str
-    data: DataConfig
-    backbones: Table  # name -> BackboneConfig
-    train: TrainConfig
+    data: _nested(DataConfig)
+    backbones: Annotated[Mapping[str, _nested(BackboneConfig)], AfterValidator(_frozen)]
+    train: _nested(TrainConfig)
     train_overrides: Table = field(default_factory=dict)  # backbone -> what it trains with instead
-    head: HeadConfig = HeadConfig()
+    head: _nested(HeadConfig) = HeadConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     clusters: Names = (1000, 5000, 10_000)  # numbers r of centroids that DAKL is tried with
     generator: str = ""  # the diffusion model that made the data; empty: unknown
@@ -238,23 +231,8 @@ class Profile:
 # --- profiles -------------------------------------------------------------------------------------
 
 
-def _read_profile(name, values):
-    """Return the profile that a table of ``profiles.toml`` describes."""
-    values = dict(values)
-    clean = CleanConfig(**values.pop("clean", {}))
-    backbones = values.pop("backbones").items()
-    return Profile(
-        name=name,
-        data=DataConfig(clean=clean, **values.pop("data")),
-        backbones={backbone: BackboneConfig(**about) for backbone, about in backbones},
-        train=TrainConfig(**values.pop("train")),
-        head=HeadConfig(**values.pop("head", {})),
-        **values,
-    )
-
-
 _TABLES = tomllib.loads((Path(__file__).parent / "profiles.toml").read_text(encoding="utf-8"))
-PROFILES = MappingProxyType({name: _read_profile(name, table) for name, table in _TABLES.items()})
+PROFILES = MappingProxyType({name: Profile(name, **table) for name, table in _TABLES.items()})
 
 
 def profile(name, source=None, **changes):

@@ -1,7 +1,6 @@
 """What things run on: devices, precision, seeds; and how they speak to whoever waits."""
 
 import contextlib
-import functools
 import hashlib
 import importlib
 import json
@@ -9,12 +8,10 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
 
-import filelock
 import numpy as np
 
 from rsdlib.errors import ConfigError, DeviceError, MissingPackageError
@@ -32,37 +29,11 @@ def device(name="auto"):
         chosen = torch.device(name)
     except RuntimeError as error:
         raise DeviceError(f"{name!r} is not a device", "Use 'auto', 'cpu' or 'cuda'.") from error
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
+    count = {"cpu": 1, "cuda": gpus(), "mps": torch.backends.mps.is_available()}
     if (chosen.index or 0) >= count.get(chosen.type, 0):
         fix = "Use device='auto' or 'cpu'."
         raise DeviceError(f"device {name!r} was asked for, but there is none here", fix)
     return chosen
-
-
-@functools.cache
-def own_device(name):
-    """Return a device for this process alone: of several GPUs, one that no other process holds."""
-    import torch
-
-    on = device(name)
-    if name != "auto" or on.type != "cuda":
-        return on
-    count = torch.cuda.device_count()
-    for number in range(count):
-        identity = torch.cuda.get_device_properties(number).uuid
-        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"rsd-gpu-{identity}.lock")
-        with contextlib.suppress(filelock.Timeout):
-            lock.acquire(timeout=0)
-            _HELD.append(lock)  # until this process ends
-            return torch.device("cuda", number)
-    return torch.device("cuda", os.getpid() % count)
-
-
-_HELD = []
 
 
 def gpus():
@@ -79,11 +50,16 @@ def threads():
     return torch.get_num_threads()
 
 
-def share(processes):
-    """Leave this process its share of the cores, as one of so many."""
+def share(processes, numbers):
+    """Leave this process, one of so many, its share of the cores and of the GPUs.
+
+    Each takes one of the numbers out of a queue.
+    """
     import torch
 
     torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
+    if gpus():
+        torch.cuda.set_device(numbers.get() % gpus())
 
 
 def precision(name, on):

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -222,22 +223,13 @@ def test_a_batch_that_memory_does_not_hold_is_halved_for_good_and_said_once(caps
     assert capsys.readouterr().out.count("too little memory") == 1
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch, tmp_path):
-    class Properties:
-        def __init__(self, number):
-            self.uuid = f"{tmp_path.name}-{number}"
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken, numbers = [], queue.SimpleQueue()
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
-    monkeypatch.setattr(runtime, "_HELD", held := [])
-    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for number in range(3):
+        numbers.put(number)
     for _ in range(3):
-        runtime.own_device.cache_clear()  # as another process would ask
-        taken.append(str(runtime.own_device("auto")))
-    assert taken[:2] == ["cuda:0", "cuda:1"]
-    assert taken[2] in taken[:2]
-    assert runtime.own_device("cpu").type == "cpu"
-    for lock in held:
-        lock.release()
-    runtime.own_device.cache_clear()
+        runtime.share(3, numbers)  # as each process begins
+    assert taken == [0, 1, 0]

@@ -79,7 +79,7 @@ def _answers(front, images, device):
     """Return what a front makes of images (b, 3, s, s): uint8 as they are, else float16."""
     if front.open is None:
         return images
-    return half(_opened(front, runtime.own_device(device))(images))
+    return half(_opened(front, runtime.device(device))(images))
 
 
 # --- one part -------------------------------------------------------------------------------------
@@ -223,7 +223,10 @@ def executor(processes=0, dask=""):
             yield client.get_executor(pure=False, retries=10)
     elif processes > 1:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, runtime.share, (processes,)) as pool:
+        numbers = context.SimpleQueue()
+        for number in range(processes):
+            numbers.put(number)
+        with ProcessPoolExecutor(processes, context, runtime.share, (processes, numbers)) as pool:
             yield pool
     else:
         yield None
