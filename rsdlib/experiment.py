@@ -825,7 +825,7 @@ def captions(model, prepared, store, split, beams=3, device="auto"):
 
     Parameters
     ----------
-    model : rsdlib.models.Captioner
+    model : rsdlib.models.blip.Captioner
     prepared : Prepared
     store : rsdlib.data.Store
         At the size that this captioner reads.

@@ -93,7 +93,7 @@ class Predictor:
     bank : (list of str (n), ndarray (n, d)) or None
         Known prompts and their embeddings.
     device : str
-    captioner : rsdlib.models.Captioner or None
+    captioner : rsdlib.models.blip.Captioner or None
     domain : rsdlib.models.Domain or None
     """
 

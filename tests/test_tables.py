@@ -95,7 +95,7 @@ def test_gains_say_over_what(stored):
     line = "| +0.0200 [+0.0100, +0.0300] over vit, p = 0.2 | one training | 0.6550 |"
     assert line in tables.markdown(collected)
     for p, text in ((1 / 10001, "p = 0.0001"), (1e-60, "p < 0.0001"), (0.0, "p < 0.0001")):
-        assert str(tables.Gain(Estimate(0.02, 0.01, 0.03, 50), p, "vit")).endswith(f"vit, {text}")
+        assert str(Comparison(Estimate(0.02, 0.01, 0.03, 50), p, "vit")).endswith(f"vit, {text}")
 
 
 def test_a_gain_is_stored_and_read_again():

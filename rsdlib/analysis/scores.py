@@ -1,6 +1,7 @@
 """Predictions of several methods, compared on the same items; and what some studies ask of them."""
 
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -123,7 +124,7 @@ def ensemble_tables(predictions, val, test):
     test.predictions |= predictions["test"]
     equal, fitted = [], []
     initials = len({model[0] for model in on_val}) == len(on_val)
-    for subset in ensemble.subsets(on_val):
+    for subset in subsets(on_val):
         label = "".join(m[0].upper() for m in subset) if initials else " + ".join(subset)
         mine = {s: [{m: one[m] for m in subset} for one in all] for s, all in of_training.items()}
         weights = [ensemble.fit_weights(one, val.target) for one in mine["val"]]
@@ -138,6 +139,11 @@ def ensemble_tables(predictions, val, test):
                 row["weights"] = {m: float(np.mean([w[m] for w in weights])) for m in subset}
             table.append(row)
     return equal, fitted
+
+
+def subsets(names):
+    """Return every non-empty subset in the order of the supplementary's Table 5: C, U, ..., CU."""
+    return [group for size in range(len(names)) for group in combinations(names, size + 1)]
 
 
 def _by_training(predictions):

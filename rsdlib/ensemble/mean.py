@@ -1,6 +1,6 @@
 """The mean of the models' predictions, and every choice made on validation predictions alone."""
 
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -91,22 +91,6 @@ def align(predictions, known):
     rows, known = unit_rows(predictions, "predictions"), unit_rows(known, "known")
     moved = rows + known.mean(axis=0) - rows.mean(axis=0)
     return unit_rows(moved, "the moved predictions").astype(np.float32)
-
-
-def subsets(names):
-    """Return every non-empty subset of the models, in the order of the supplementary's Table 5.
-
-    Parameters
-    ----------
-    names : sequence of str
-        ``"CUSV"`` gives C, U, S, V, CU, CS, CV, US, UV, SV, CUS, CUV, CSV, USV, CUSV.
-
-    Returns
-    -------
-    list of tuple of str
-        Smallest first.
-    """
-    return [group for size in range(len(names)) for group in combinations(names, size + 1)]
 
 
 # --- choices on validation ------------------------------------------------------------------------

@@ -1,21 +1,8 @@
 """Encoders, heads, U-Net, BLIP; an `nn.Module` with `features` and `image_size` joins as it is."""
 
-from rsdlib.models.blip import (
-    LENGTH,
-    REPEAT,
-    Captioner,
-    CaptionObjective,
-    caption_all,
-    open_captioner,
-)
+from rsdlib.models.blip import LENGTH, REPEAT, CaptionObjective, caption_all, open_captioner
 from rsdlib.models.domain import Domain, texture
-from rsdlib.models.encoders import (
-    Encoder,
-    Frozen,
-    clip_pair,
-    create,
-    open_front,
-)
+from rsdlib.models.encoders import Encoder, Frozen, clip_pair, create, open_front
 from rsdlib.models.heads import HEADS, JointObjective, PromptRegressor, joint_loss, ridge
 from rsdlib.models.sampling import (
     open_pipeline,
@@ -27,9 +14,7 @@ from rsdlib.models.sampling import (
 )
 from rsdlib.models.speech import Speech, open_speech
 from rsdlib.models.unet import (
-    DROPPED,
     KeepingObjective,
-    Latents,
     UNetEncoder,
     encoder_parts,
     into_unet,

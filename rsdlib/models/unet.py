@@ -158,7 +158,7 @@ class CaptionedLatents(nn.Module):
     Parameters
     ----------
     latents : Latents
-    captioner : rsdlib.models.Captioner
+    captioner : rsdlib.models.blip.Captioner
     texts : Texts
         Its tokens are stored; `UNetEncoder` asks it for their states.
     """
