@@ -11,6 +11,9 @@ from PIL import Image
 from rsdlib import data, ensemble, experiment, files, models, runtime, training
 from rsdlib.errors import CacheError, CheckpointError, ConfigError
 
+# What to do where there is no model, or no captioner.
+_TRAIN = {False: "Run: rsd run 01_train_vit", True: "Run: rsd run 08_captioning"}
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -185,7 +188,8 @@ class Predictor:
             parts.append(self._read(opened))
         *arrays, captions = zip(*parts, strict=True)
         embeddings, probabilities, distances = map(np.concatenate, arrays)
-        words = [_top(row, self.words, n_words) for row in probabilities]
+        ranked = [pd.Series(row, self.words).nlargest(n_words) for row in probabilities]
+        words = [list(row.items()) for row in ranked]
         prompts = self._nearest(embeddings, n_prompts)
         captions = None if self.captioner is None else list(itertools.chain(*captions))
         distances = None if self.domain is None else distances
@@ -202,9 +206,8 @@ class Predictor:
         if logits is not None:
             probabilities = logits.float().sigmoid().cpu().numpy()
         if self.domain is not None:
-            views = {"features": features.float().cpu()}
-            views["texture"] = models.texture(pixels.cpu().numpy())
-            distances = self.domain.distance(views)
+            look = models.texture(pixels.cpu().numpy())
+            distances = self.domain.distance({"features": features.float().cpu(), "texture": look})
         if self.captioner is not None:
             with data.evaluating(self.captioner.to(self.device)):
                 captions = self.captioner.caption(self._tensor(images, self.captioner.image_size))
@@ -252,15 +255,8 @@ def _open(folder, captions, encoder=None):
     """Return model and recipe of a finished run that answers in embeddings, or in captions."""
     if not training.is_finished(folder) or experiment.Recipe.load(folder).captions != captions:
         what = "captioner" if captions else "run that predicts embeddings"
-        notebook = "08_captioning" if captions else "01_train_vit"
-        message = f"{files.relative(folder)} holds no finished {what}"
-        raise CacheError(message, f"Train one: rsd run {notebook}.")
+        raise CacheError(f"{files.relative(folder)} holds no finished {what}", _TRAIN[captions])
     return experiment.load_model(folder, encoder)
-
-
-def _top(probabilities, words, n):
-    order = np.argsort(-probabilities, kind="stable")[:n]
-    return [(words[i], float(probabilities[i])) for i in order]
 
 
 def best_run(profile=None, captions=False):
@@ -291,9 +287,8 @@ def best_run(profile=None, captions=False):
             runs["newest"] = runs.groupby("data")["made"].transform("max")
             return runs.sort_values(["newest", "words", "score"])["folder"].iloc[-1]
     what = "no captioner" if captions else "nothing"
-    notebook = "08_captioning" if captions else "01_train_vit"
     message = f"{what} is trained yet below {' or '.join(f'runs/{name}' for name in profiles)}"
-    raise CacheError(message, f"Run: rsd run {notebook}")
+    raise CacheError(message, _TRAIN[captions])
 
 
 def _finished(folder, captions):

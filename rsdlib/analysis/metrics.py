@@ -48,8 +48,7 @@ def ref_clipscore(image, caption, references, w=2.5):
     ndarray (n,)
         0 where either part is 0.
     """
-    references = np.asarray(references)
-    references = references[:, None] if references.ndim == 2 else references  # (n, r, d)
+    references = np.reshape(references, (len(caption), -1, np.shape(references)[-1]))  # (n, r, d)
     cosines = [cosine(caption, several) for several in references.swapaxes(0, 1)]
     return hmean([clipscore(image, caption, w), np.max(cosines, axis=0).clip(0)])
 

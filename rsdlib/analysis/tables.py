@@ -91,19 +91,18 @@ def collect(folder):
 def _beside_the_paper(table, stored):
     """Return a table's rows as `collect` does."""
     paper = beside(table, [row["method"] for row in stored])
-    score = "RefCLIPScore" if table == "table 1" else "cosine"
     rows = []
     for row in stored:
-        facts = {"method": row["method"], "score": row[score], "steps": row.get("steps")}
-        rows.append({**facts, "gain": _shown(gains(row)), "paper": paper.get(row["method"])})
+        facts = {"method": row["method"], "paper": paper.get(row["method"])}
+        facts |= {"score": row.get("RefCLIPScore") or row["cosine"], "steps": row.get("steps")}
+        rows.append({**facts, "gain": _shown(gains(row))})
     return rows
 
 
 def _shown(gains):
     """Return the gain over the vanilla training, else over the mean embedding, else the first."""
-    order = [*VANILLA, "mean embedding"]
-    places = [order.index(gain.over) if gain.over in order else len(order) for gain in gains]
-    return gains[places.index(min(places))] if gains else None
+    first = [*VANILLA, "mean embedding"]
+    return min(gains, key=lambda gain: [*first, gain.over].index(gain.over), default=None)
 
 
 def beside(table, methods):

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,8 +67,7 @@ class Captioner(nn.Module):
     def encode(self, captions):
         """Return captions as tokens (n, l), int64, opened by BLIP's mark and cut at `length`."""
         how = {"padding": "longest", "truncation": True, "max_length": self.length}
-        tokens = self.tokenizer(list(captions), return_tensors="np", **how)["input_ids"]
-        tokens = tokens.astype(np.int64)
+        tokens = self.tokenizer(list(captions), return_tensors="np", **how).input_ids
         tokens[:, 0] = self.blip.config.text_config.bos_token_id
         return tokens
 

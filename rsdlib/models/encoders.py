@@ -44,16 +44,16 @@ class FrontedEncoder(nn.Module):
     """An encoder that reads what its frozen `front` makes of images, computed once and stored.
 
     The front lies beside the module: it is neither trained, saved nor moved with it.
+
+    Parameters
+    ----------
+    front : nn.Module or None
+        Maps uint8 images to what `forward` reads.
     """
 
     def __init__(self, front):
         super().__init__()
-        self._beside = (front,)  # torch takes up no module inside a tuple
-
-    @property
-    def front(self):
-        """The frozen module that maps uint8 images to what `forward` reads, or None."""
-        return self._beside[0]
+        self.__dict__["front"] = front  # torch takes up no module that is set like this
 
 
 class Frozen(FrontedEncoder):
@@ -110,8 +110,7 @@ def create(config, *, load=True):
         The library is unknown, or a part that is to be frozen does not exist.
     """
     if config.library not in _BUILDERS:
-        message = f"no image encoder comes from {config.library!r}"
-        raise ConfigError(message, f"Known: {', '.join(_BUILDERS)}.")
+        raise ConfigError(f"no image encoder comes from {config.library!r}", f"Use {[*_BUILDERS]}.")
     load = load or config.fine_tune == "never"
     encoder = _BUILDERS[config.library](config, config.pretrained and load)
     for part in config.frozen:
@@ -178,10 +177,8 @@ def load_in_order(model, path):
 def _open_clip(config, pretrained):
     """CLIP's image tower; with the option ``mlp`` frozen, below a perceptron of those widths."""
     widths = config.options.get("mlp")
-    if not widths:
-        return _image_tower(_clip(config, pretrained), config)
-    front = _image_tower(_clip(config, config.pretrained), config)
-    return Frozen(front, widths, config.options.get("dropout", 0.5))
+    tower = _image_tower(_clip(config, config.pretrained if widths else pretrained), config)
+    return Frozen(tower, widths, config.options.get("dropout", 0.5)) if widths else tower
 
 
 def _diffusers(config, pretrained):

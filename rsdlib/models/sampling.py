@@ -37,8 +37,8 @@ def open_pipeline(name, device="auto", dtype=None):
     from diffusers import StableDiffusionPipeline
 
     folder, on = pipeline_folder(name), runtime.device(device)
-    how = {"safety_checker": None, "requires_safety_checker": False}
-    how["dtype"] = dtype or _precision(on)
+    dtype = dtype or _precision(on)
+    how = {"safety_checker": None, "requires_safety_checker": False, "dtype": dtype}
     fix = "It needs model_index.json and the parts it names, in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion pipeline: {{}}", fix):
         pipe = StableDiffusionPipeline.from_pretrained(folder, **how)
@@ -77,16 +77,9 @@ def sample(pipe, prompts, seeds, steps=20, guidance=5.0, height=None, width=None
     # In float32 on the CPU: a seed is the same noise on any device, at any precision.
     shape = (1, config.in_channels, height // factor, width // factor)
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    images = pipe(
-        list(prompts),
-        height=height,
-        width=width,
-        generator=generators,
-        latents=noise.to(pipe.unet.dtype),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="np",
-    ).images
+    how = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
+    how |= {"height": height, "width": width, "latents": noise.to(pipe.unet.dtype)}
+    images = pipe(list(prompts), generator=generators, **how).images
     return (images * 255).round().astype(np.uint8)
 
 

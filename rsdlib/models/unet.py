@@ -242,7 +242,6 @@ def open_encoder(config, pretrained=True):
     diffusers = runtime.require("diffusers")
     options, folder = as_dict(config.options), pipeline_folder(config.model)
     captioner, noised = options.pop("captioner", None), options.pop("noised", False)
-    captioner = captioner and open_captioner(captioner)
     fix = "It needs unet, vae, text_encoder, tokenizer and scheduler in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion folder: {{}}", fix):
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
@@ -252,7 +251,7 @@ def open_encoder(config, pretrained=True):
         else:
             told = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
             changes = {} if config.pretrained else options
-            unet = diffusers.UNet2DConditionModel.from_config({**told, **changes})
+            unet = diffusers.UNet2DConditionModel.from_config(told, **changes)
         texts = Texts(folder)
         context = texts.states(texts.tokens([""]))[0]
     if config.gradient_checkpointing:
@@ -261,7 +260,7 @@ def open_encoder(config, pretrained=True):
     size = config.image_size or unet.config.sample_size * factor
     front = Latents(vae)
     if captioner is not None:
-        front = CaptionedLatents(front, captioner, texts)
+        front = CaptionedLatents(front, open_captioner(captioner), texts)
     return UNetEncoder(unet, context, front, size, sampler, noised)
 
 
@@ -370,9 +369,10 @@ def into_unet(encoder, unet, blend=1.0, parts=("",)):
         if not any(name.startswith(part) for name in new):
             fix = f"Parts are {', '.join(encoder_parts(unet))}."
             raise BadValueError(f"the encoder has no part {part!r}", fix)
-    taken = {name: value for name, value in new.items() if name.startswith(tuple(parts))}
-    mixed = {name: torch.lerp(own[name].to(value), value, blend) for name, value in taken.items()}
-    unet.load_state_dict({**own, **mixed})
+    for name, value in new.items():
+        if name.startswith(tuple(parts)):
+            own[name] = torch.lerp(own[name].to(value), value, blend)
+    unet.load_state_dict(own)
 
 
 def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
