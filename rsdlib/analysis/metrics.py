@@ -141,8 +141,7 @@ def _by_prompt(values, groups):
     finite = np.isfinite(values).all(axis=0)
     if not finite.all():
         raise BadValueError(f"value {int(np.argmin(finite))} is not finite")
-    if groups is None:
-        return values
+    groups = np.arange(values.shape[1]) if groups is None else groups
     inverse = np.unique(np.asarray(groups), return_inverse=True)[1]
     with refusing(ValueError, BadValueError, f"{len(groups)} groups for {values.shape[1]} values"):
         return np.stack([np.bincount(inverse, row) for row in values]) / np.bincount(inverse)
@@ -227,8 +226,7 @@ def paired_test(a, b, *, groups=None, resamples=10_000, seed=0):
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape[-1:] != b.shape[-1:] or (a.ndim == b.ndim and a.shape != b.shape):
-        fix = "A paired test needs the same items in the same order, by equally many trainings."
-        raise BadValueError(f"a has {a.shape}, b {b.shape} values", fix)
+        raise BadValueError(f"{a.shape}, {b.shape}: not the same items by equally many trainings")
     means = _by_prompt(a - b, groups)
     difference = bootstrap_ci(a - b, groups=groups, seed=seed)
     if len(means) == 1:

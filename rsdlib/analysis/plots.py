@@ -79,8 +79,7 @@ def plot_report(report, *, ax=None):
     ax.bar_label(dropped, [f" {count:,}" for count in taken], fontsize=8, color=GREY)
     ax.invert_yaxis()
     ax.grid(visible=False)
-    ax.margins(x=0.12)
-    ax.set_xlabel("pairs left (blue) and dropped (orange) by each rule")
+    ax.set(xmargin=0.12, xlabel="pairs left (blue) and dropped (orange) by each rule")
     return ax
 
 

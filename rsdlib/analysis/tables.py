@@ -234,6 +234,5 @@ def insert(text, place, content):
     between = f"(?s)(?<={re.escape(begin)}).*(?={re.escape(end)})"
     text, found = re.subn(between, lambda _: f"\n\n{content}\n", text)
     if not found:
-        fix = f"Put the lines {begin!r} and {end!r} into it."
-        raise CacheError(f"the file has no place for {place}", fix)
+        raise CacheError(f"the file has no place for {place}", f"Add {begin!r} and {end!r} to it.")
     return text

@@ -160,10 +160,6 @@ def least_alpha(n_clusters, n_targets, tol=1e-4):
 # --- the estimator --------------------------------------------------------------------------------
 
 
-_POSITIVE = [Interval(Real, 0, None, closed="neither")]
-_COUNT = [Interval(Integral, 1, None, closed="left")]
-
-
 @dataclass(eq=False, repr=False)
 class DAKL(BaseEstimator):
     """Domain-adaptive kernel learning, with the target images' predictions, without their prompts.
@@ -219,8 +215,8 @@ class DAKL(BaseEstimator):
     """
 
     _parameter_constraints: ClassVar = {
-        **dict.fromkeys(("n_clusters", "max_iter"), _COUNT),
-        **dict.fromkeys(("gamma", "alpha", "tol"), _POSITIVE),
+        **dict.fromkeys(("n_clusters", "max_iter"), (Interval(Integral, 1, None, closed="left"),)),
+        **dict.fromkeys(("gamma", "alpha", "tol"), (Interval(Real, 0, None, closed="neither"),)),
         "solver": [StrOptions({"auto", "affine", "primal"})],
         "random_state": [Interval(Integral, None, None, closed="neither"), None],
     }

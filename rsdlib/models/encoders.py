@@ -114,9 +114,8 @@ def create(config, *, load=True):
     load = load or config.fine_tune == "never"
     encoder = _BUILDERS[config.library](config, config.pretrained and load)
     for part in config.frozen:
-        message = f"{config.model} has no part {part!r} to freeze"
-        fix = f"Parts are {', '.join(name for name, _ in encoder.named_children())}."
-        with refusing(AttributeError, ConfigError, message, fix):
+        message = f"{config.model} has no part {part!r} to freeze: {{}}"
+        with refusing(AttributeError, ConfigError, message):
             encoder.get_submodule(part).requires_grad_(False)
     return Frozen(encoder) if config.fine_tune == "never" else encoder
 

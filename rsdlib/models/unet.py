@@ -68,15 +68,13 @@ class UNetEncoder(FrontedEncoder):
         """Return latents (b, c, h, w) and contexts (b, t, k) of what `forward` reads."""
         if inputs.dim() == 4:
             return inputs.float(), self.context.expand(len(inputs), -1, -1)
-        latents, tokens = self._parts(inputs)
+        latents, tokens = split_rows(inputs, self.unet.config.in_channels, len(self.context))
         return latents, self.front.texts.to(latents.device).states(tokens)
 
     def captions(self, inputs):
         """Return the captions in what `forward` reads, as their tokenizer spells them."""
-        return self.front.texts.words(self._parts(inputs)[1])
-
-    def _parts(self, inputs):
-        return split_rows(inputs, self.unet.config.in_channels, len(self.context))
+        _, tokens = split_rows(inputs, self.unet.config.in_channels, len(self.context))
+        return self.front.texts.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def with_noise(self, latents):
         """Return latents with the sampler's noise, and the timesteps (b,) drawn for them."""
@@ -211,10 +209,6 @@ class Texts(nn.Module):
         """Return the tokens of prompts (n, t), int64, cut and filled to the model's length."""
         how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return self.tokenizer(list(prompts), **how).input_ids
-
-    def words(self, tokens):
-        """Return the texts of tokens (n, t), as the tokenizer spells them."""
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @torch.no_grad()
     def states(self, tokens):
@@ -367,8 +361,7 @@ def into_unet(encoder, unet, blend=1.0, parts=("",)):
         raise CheckpointError(message, "Use the U-Net it came from.")
     for part in parts:
         if not any(name.startswith(part) for name in new):
-            fix = f"Parts are {', '.join(encoder_parts(unet))}."
-            raise BadValueError(f"the encoder has no part {part!r}", fix)
+            raise BadValueError(f"there is no part {part!r}", f"Parts: {encoder_parts(unet)}.")
     for name, value in new.items():
         if name.startswith(tuple(parts)):
             own[name] = torch.lerp(own[name].to(value), value, blend)
