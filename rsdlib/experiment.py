@@ -934,7 +934,7 @@ def predict_captions(scores, prepared, encoder, store):
     ----------
     scores : rsdlib.analysis.Scores
     prepared : Prepared
-    encoder : rsdlib.models.UNetEncoder
+    encoder : rsdlib.models.unet.UNetEncoder
         One that reads captions.
     store : rsdlib.data.Store
         What it reads.

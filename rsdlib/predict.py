@@ -71,14 +71,12 @@ class Prediction:
         images : sequence of str (n)
             Names of the images.
         """
-        said = [[f"{word} {share:.3f}" for word, share in words] for words in self.words]
         nearest = [prompts[0] if prompts else ("", np.nan) for prompts in self.prompts]
         columns = {
             "image": list(map(str, images)),
             "caption": self.captions,
-            "words": list(map("; ".join, said)),
-            "nearest_prompt": [prompt for prompt, _ in nearest],
-            "similarity": [similarity for _, similarity in nearest],
+            "words": ["; ".join(f"{word} {p:.3f}" for word, p in words) for words in self.words],
+            **pd.DataFrame(nearest, columns=["nearest_prompt", "similarity"]),
             "in_domain": self.in_domain,
         }
         return pd.DataFrame({name: c for name, c in columns.items() if c is not None})

@@ -15,7 +15,6 @@ from rsdlib.models import (
     Encoder,
     JointObjective,
     PromptRegressor,
-    UNetEncoder,
     clip_pair,
     create,
     into_unet,
@@ -426,7 +425,7 @@ def test_encoder_of_another_architecture_is_refused_by_its_tensors(diffusion):
 
 def test_text_of_another_width_is_refused(diffusion):
     with pytest.raises(ConfigError, match="24 numbers a token, the U-Net reads 16"):
-        UNetEncoder(whole_unet(diffusion), torch.zeros(40, 24))
+        unet.UNetEncoder(whole_unet(diffusion), torch.zeros(40, 24))
 
 
 def test_folder_without_a_pipeline_is_named(tmp_path, monkeypatch):

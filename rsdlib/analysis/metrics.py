@@ -121,8 +121,7 @@ def bootstrap_ci(values, *, groups=None, level=0.95, resamples=2000, seed=0):
     share = 0.0
     if trainings == 1:
         generator, drawn = rng("bootstrap", seed), np.empty(resamples)
-        for start in range(0, resamples, 256):  # blocks bound the memory
-            block = drawn[start : start + 256]
+        for block in np.split(drawn, range(256, resamples, 256)):  # blocks bound the memory
             block[:] = means[0, generator.integers(count, size=(len(block), count))].mean(axis=1)
         low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     else:
@@ -296,8 +295,7 @@ def retrieval(pred, target, groups=None, block=1024):
     _, first, own = np.unique(groups, return_index=True, return_inverse=True)
     candidates = target[first]  # (c, d)
     ranks = np.empty(len(pred))
-    for start in range(0, len(pred), block):
-        rows = slice(start, start + block)
+    for rows in np.split(np.arange(len(pred)), range(block, len(pred), block)):
         scores = pred[rows] @ candidates.T  # (block, c)
         mine = np.take_along_axis(scores, own[rows, None], axis=1)
         ties = np.isclose(scores, mine, rtol=0, atol=1e-12).sum(axis=1) - 1

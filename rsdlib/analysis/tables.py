@@ -78,14 +78,10 @@ def collect(folder):
     single["BLIP"] = {"method": "BLIP", "cosine": blip["MiniLM"]}
     longer = [f"{name}{more}" for name in VANILLA for more in (" + MLC", " + MLC + CL")]
     names = [*PAPER["table 4"], *longer, *CAPTIONS]
-    stored = {
-        "table 1": captions,
-        "table 2": read("05_curriculum")["table 2"],
-        "table 3": ensembles["table 3"],
-        "table 4": [single[name] for name in names if name in single],
-        "table 5": ensembles["table 5"] + ensembles.get("fitted weights", [])[-1:],
-    }
-    return {table: _beside_the_paper(table, rows) for table, rows in stored.items()}
+    four = [single[name] for name in names if name in single]
+    five = ensembles["table 5"] + ensembles.get("fitted weights", [])[-1:]
+    stored = captions, read("05_curriculum")["table 2"], ensembles["table 3"], four, five
+    return {name: _beside_the_paper(name, rows) for name, rows in zip(PAPER, stored, strict=True)}
 
 
 def _beside_the_paper(table, stored):

@@ -258,8 +258,7 @@ class DAKL(BaseEstimator):
         """
         with refusing(InvalidParameterError, ConfigError, "{}"):
             self._validate_params()
-        k_means = self.n_clusters, self.max_iter, self.random_state
-        S, self.centroid_targets_ = cluster(X, Y, *k_means)
+        S, self.centroid_targets_ = cluster(X, Y, self.n_clusters, self.max_iter, self.random_state)
         self.n_features_in_ = S.shape[1]
         self.landmarks_ = np.concatenate([S, self._rows_like_source(X_target)])
         least = least_alpha(len(S), len(self.landmarks_) - len(S), self.tol)

@@ -246,10 +246,16 @@ def _name(config, marker, pretrained):
     return f"local-dir:{folder}" if folder else config.model
 
 
+def pipeline_folder(name):
+    """Return the folder of a pipeline in diffusers' format: a path, or a name in `weights`."""
+    return weights.find(name, "model_index.json") or weights.locate(name)
+
+
 def _naming(config):
-    library = config.library
-    message = f"{library} cannot build {config.model!r} (pretrained={config.pretrained}): {{}}"
-    fix = f"Check the name with {library}.list_models(), or put the weights into $RSD_MODELS."
+    message = (
+        f"{config.library} cannot build {config.model!r} (pretrained={config.pretrained}): {{}}"
+    )
+    fix = f"Check the name: {config.library}.list_models(), or put the weights into $RSD_MODELS."
     return no_model(message, fix)
 
 

@@ -5,12 +5,7 @@ import torch
 
 from rsdlib import files, runtime, weights
 from rsdlib.errors import BadTableError, refusing
-from rsdlib.models.encoders import no_model
-
-
-def pipeline_folder(name):
-    """Return the folder of a pipeline in diffusers' format: a path, or a name in `weights`."""
-    return weights.find(name, "model_index.json") or weights.locate(name)
+from rsdlib.models.encoders import no_model, pipeline_folder
 
 
 def open_pipeline(name, device="auto", dtype=None):

@@ -15,9 +15,8 @@ from rsdlib import files, runtime
 from rsdlib.config import as_dict
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError
 from rsdlib.models.blip import open_captioner
-from rsdlib.models.encoders import FrontedEncoder, no_model
+from rsdlib.models.encoders import FrontedEncoder, no_model, pipeline_folder
 from rsdlib.models.heads import JointObjective
-from rsdlib.models.sampling import pipeline_folder
 
 DROPPED = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")  # the decoder half
 SLICE = 16 * 512 * 512  # pixels that the autoencoder reads at once: 16 images of 512 a side
