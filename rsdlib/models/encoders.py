@@ -252,11 +252,9 @@ def pipeline_folder(name):
 
 
 def _naming(config):
-    message = (
-        f"{config.library} cannot build {config.model!r} (pretrained={config.pretrained}): {{}}"
-    )
+    what = f"{config.library} cannot build {config.model!r} (pretrained={config.pretrained}): {{}}"
     fix = f"Check the name: {config.library}.list_models(), or put the weights into $RSD_MODELS."
-    return no_model(message, fix)
+    return no_model(what, fix)
 
 
 def no_model(message, fix):
