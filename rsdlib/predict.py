@@ -1,6 +1,5 @@
 """Use what was trained: an image in; its prompt's embedding, words and nearest prompts out."""
 
-import itertools
 import os
 from dataclasses import dataclass
 
@@ -182,19 +181,19 @@ class Predictor:
         size = self.model.embedding_head.out_features
         parts = [(np.empty((0, size), np.float32), np.empty((0, len(self.words))), np.empty(0), [])]
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
-            opened = [_opened(image) for image in images[start : start + batch_size]]
-            parts.append(self._read(opened))
+            parts.append(self._read(images[start : start + batch_size]))
         *arrays, captions = zip(*parts, strict=True)
         embeddings, probabilities, distances = map(np.concatenate, arrays)
         ranked = [pd.Series(row, self.words).nlargest(n_words) for row in probabilities]
         words = [list(row.items()) for row in ranked]
         prompts = self._nearest(embeddings, n_prompts)
-        captions = None if self.captioner is None else list(itertools.chain(*captions))
+        captions = None if self.captioner is None else [text for part in captions for text in part]
         distances = None if self.domain is None else distances
         return Prediction(embeddings, words, prompts, captions, distances)
 
     def _read(self, images):
-        """Return of PIL images the embeddings, words' probabilities, distances and captions."""
+        """Return of images the embeddings, words' probabilities, distances and captions."""
+        images = [i if isinstance(i, Image.Image) else data.open_image(i) for i in images]
         encoder, front = self.model.backbone, getattr(self.model.backbone, "front", None)
         pixels = self._tensor(images, encoder.image_size)
         probabilities, distances, captions = np.empty((len(images), 0)), (), []
@@ -224,10 +223,6 @@ class Predictor:
         near = ensemble.nearest(embeddings, known, min(n_prompts, len(prompts)))
         pairs = [zip(*both, strict=True) for both in zip(*near, strict=True)]
         return [[(prompts[i], float(similarity)) for similarity, i in some] for some in pairs]
-
-
-def _opened(image):
-    return image.convert("RGB") if isinstance(image, Image.Image) else data.open_image(image)
 
 
 def _embedded(path, device):

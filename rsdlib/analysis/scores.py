@@ -118,8 +118,8 @@ def ensemble_tables(predictions, val, test):
     equal, fitted : list of dict
         One row a subset; the fitted ones state their ``weights``, of s trainings the mean.
     """
-    known = replace(val, predictions=predictions["val"])
-    on_val = {model: known.cosine(model).mean() for model in known.predictions}
+    val = replace(val, predictions=predictions["val"])
+    on_val = {model: val.cosine(model).mean() for model in val.predictions}
     test.predictions |= predictions["test"]
     equal, fitted = [], []
     initials = len({model[0] for model in on_val}) == len(on_val)

@@ -304,8 +304,7 @@ class DAKL(BaseEstimator):
             # The certificate has a slack of three, and follows the kernel's distance from its line.
             usual = self.predictor_.residual(self.landmarks_[len(self.centroid_targets_) :])
             if self.error_ * self.predictor_.residual(rows) > 3 * self.tol * usual:
-                message = "the affine form may err on rows unlike the fit's"
-                raise BadValueError(message, "Fit with solver='primal'.")
+                raise BadValueError("these rows are unlike the fit's", "Use solver='primal'.")
         return unit_rows(self.predictor_(rows), "the prediction").astype(np.float32)
 
     def fit_predict(self, X, Y, X_target):

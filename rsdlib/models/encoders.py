@@ -1,7 +1,5 @@
 """Image encoders with the preprocessing they were trained with: uint8 images in, features out."""
 
-import itertools
-
 import torch
 from torch import nn
 
@@ -75,7 +73,7 @@ class Frozen(FrontedEncoder):
         front = encoder if encoder.front is None else nn.Sequential(encoder.front, encoder)
         super().__init__(front.eval().requires_grad_(False))
         sizes, layers = [encoder.features, *widths], []
-        for p, q in itertools.pairwise(sizes):
+        for p, q in zip(sizes[:-1], widths, strict=True):
             layers += [nn.Linear(p, q), nn.BatchNorm1d(q), nn.GELU(), nn.Dropout(dropout)]
         self.body = nn.Sequential(*layers)
         self.features, self.image_size = sizes[-1], encoder.image_size

@@ -98,8 +98,7 @@ def sample_stored(pipe, weights, prompts, seeds, steps=20, guidance=5.0, batch_s
     how = {"steps": steps, "guidance": guidance}
     batches = []
     for start in runtime.track(range(0, len(prompts), batch_size), "sampling"):
-        part = slice(start, start + batch_size)
-        asked = (prompts[part], seeds[part])
+        asked = prompts[start : start + batch_size], seeds[start : start + batch_size]
         key = files.digest([weights, *asked, how, pipe.unet.dtype])
         path = files.cache_dir() / "samples" / f"{key}.npy"
         batches.append(files.cached_rows(path, lambda asked=asked: sample(pipe, *asked, **how)))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rsdlib import files, runtime
+from rsdlib import files
 from rsdlib.config import as_dict
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError
 from rsdlib.models.blip import open_captioner
@@ -110,10 +110,9 @@ class UNetEncoder(FrontedEncoder):
 
 def _check_conditions(unet, context):
     """Refuse a U-Net that is told more than a prompt, or a prompt of another width."""
-    others = ("class_embedding", "add_embedding", "encoder_hid_proj")
-    extra = [name for name in others if getattr(unet, name, None) is not None]
-    if extra:
-        raise ConfigError(f"this U-Net also has {', '.join(extra)}", "Use one without it.")
+    for name in ("class_embedding", "add_embedding", "encoder_hid_proj"):
+        if getattr(unet, name, None) is not None:
+            raise ConfigError(f"this U-Net also has {name}", "Use one without it.")
     width, reads = context.shape[-1], unet.config.cross_attention_dim
     if width != reads:
         message = f"the text context has {width} numbers a token, the U-Net reads {reads}"
@@ -232,19 +231,19 @@ def open_encoder(config, pretrained=True):
     -------
     UNetEncoder
     """
-    diffusers = runtime.require("diffusers")
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
     options, folder = as_dict(config.options), pipeline_folder(config.model)
     captioner, noised = options.pop("captioner", None), options.pop("noised", False)
     fix = "It needs unet, vae, text_encoder, tokenizer and scheduler in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion folder: {{}}", fix):
-        vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
-        sampler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        sampler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         if pretrained:
-            unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         else:
-            told = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
-            changes = {} if config.pretrained else options
-            unet = diffusers.UNet2DConditionModel.from_config(told, **changes)
+            told = UNet2DConditionModel.load_config(folder, subfolder="unet")
+            unet = UNet2DConditionModel.from_config(told, **({} if config.pretrained else options))
         texts = Texts(folder)
         context = texts.states(texts.tokens([""]))[0]
     if config.gradient_checkpointing:
