@@ -263,8 +263,7 @@ class DAKL(BaseEstimator):
         self.landmarks_ = np.concatenate([S, self._rows_like_source(X_target)])
         least = least_alpha(len(S), len(self.landmarks_) - len(S), self.tol)
         if self.alpha < least:
-            message = f"alpha = {self.alpha:g} is lost in float64's rounding"
-            raise ConfigError(message, f"Use alpha={least:.1g} or more.")
+            raise ConfigError("alpha is lost in float64's rounding", f"Use {least:.1g} or more.")
         problem = self.landmarks_, self.centroid_targets_, self.gamma, self.alpha
         self.error_ = np.nan
         if self.solver != "primal":
@@ -341,5 +340,4 @@ def _solve_primal(Z, Y, gamma, alpha):
         phi = kernel(Z[block], S, gamma).T
         gram = blas.dsyrk(1.0, phi, beta=1.0, c=gram, lower=True, overwrite_c=True)
     gram[np.diag_indices(len(S))] += alpha
-    dual = cho_solve(cho_factor(gram, lower=True, overwrite_a=True), Y)
-    return _stream(Z, S, gamma, dual)
+    return _stream(Z, S, gamma, cho_solve(cho_factor(gram, lower=True, overwrite_a=True), Y))

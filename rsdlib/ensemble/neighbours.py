@@ -66,8 +66,7 @@ def knn_regress(queries, base, targets, k=16):
     """
     similarity, index = nearest(queries, base, min(k, len(base)))
     weights = np.maximum(similarity, 1e-6)[:, :, None]  # (q, k, 1)
-    mean = (weights * np.asarray(targets, np.float32)[index]).sum(axis=1)
-    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return normalize((weights * np.asarray(targets, np.float32)[index]).sum(axis=1))
 
 
 def nearest_prompts(embeddings, bank, prompts):

@@ -32,11 +32,10 @@ def open_pipeline(name, device="auto", dtype=None):
     from diffusers import StableDiffusionPipeline
 
     folder, on = pipeline_folder(name), runtime.device(device)
-    dtype = dtype or _precision(on)
-    how = {"safety_checker": None, "requires_safety_checker": False, "dtype": dtype}
+    how = {"safety_checker": None, "requires_safety_checker": False}
     fix = "It needs model_index.json and the parts it names, in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion pipeline: {{}}", fix):
-        pipe = StableDiffusionPipeline.from_pretrained(folder, **how)
+        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype or _precision(on), **how)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(on)
 

@@ -141,8 +141,7 @@ class Latents(nn.Module):
         """
         latents = []
         for part in images.split(max(SLICE // images[0, 0].numel(), 1)):
-            pixels = (part.float() - 127.5) / 127.5
-            latents.append(self.vae.encode(pixels).latent_dist.mode())
+            latents.append(self.vae.encode((part.float() - 127.5) / 127.5).latent_dist.mode())
         return torch.cat(latents) * self.scale
 
 
