@@ -247,8 +247,7 @@ def open_encoder(config, pretrained=True):
         context = texts.states(texts.tokens([""]))[0]
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = config.image_size or unet.config.sample_size * factor
+    size = config.image_size or unet.config.sample_size * 2 ** len(vae.config.down_block_types[1:])
     front = Latents(vae)
     if captioner is not None:
         front = CaptionedLatents(front, open_captioner(captioner), texts)
