@@ -759,7 +759,7 @@ def captions(model, prepared, store, split, beams=3, device="auto"):
 
     Parameters
     ----------
-    model : rsdlib.models.Captioner
+    model : rsdlib.models.blip.Captioner
     prepared : Prepared
     store : rsdlib.data.Store
         At the size that this captioner reads.
@@ -860,7 +860,7 @@ def predict_captions(scores, prepared, encoder, store):
     ----------
     scores : rsdlib.analysis.Scores
     prepared : Prepared
-    encoder : rsdlib.models.UNetEncoder
+    encoder : rsdlib.models.unet.UNetEncoder
         One that reads captions.
     store : rsdlib.data.Store
         What it reads.

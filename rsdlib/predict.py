@@ -1,6 +1,5 @@
 """Use what was trained: an image in; its prompt's embedding, words and nearest prompts out."""
 
-import itertools
 import os
 from dataclasses import dataclass
 
@@ -10,6 +9,9 @@ from PIL import Image
 
 from rsdlib import data, ensemble, experiment, files, models, runtime, training
 from rsdlib.errors import CacheError, CheckpointError, ConfigError
+
+# What to do where there is no model, or no captioner.
+_TRAIN = {False: "Run: rsd run 01_train_vit", True: "Run: rsd run 08_captioning"}
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,12 @@ class Prediction:
         images : sequence of str (n)
             Names of the images.
         """
-        said = [[f"{word} {share:.3f}" for word, share in words] for words in self.words]
         nearest = [prompts[0] if prompts else ("", np.nan) for prompts in self.prompts]
         columns = {
             "image": list(map(str, images)),
             "caption": self.captions,
-            "words": list(map("; ".join, said)),
-            "nearest_prompt": [prompt for prompt, _ in nearest],
-            "similarity": [similarity for _, similarity in nearest],
+            "words": ["; ".join(f"{word} {p:.3f}" for word, p in words) for words in self.words],
+            **pd.DataFrame(nearest, columns=["nearest_prompt", "similarity"]),
             "in_domain": self.in_domain,
         }
         return pd.DataFrame({name: c for name, c in columns.items() if c is not None})
@@ -93,7 +93,7 @@ class Predictor:
     bank : (list of str (n), ndarray (n, d)) or None
         Known prompts and their embeddings.
     device : str
-    captioner : rsdlib.models.Captioner or None
+    captioner : rsdlib.models.blip.Captioner or None
     domain : rsdlib.models.Domain or None
     """
 
@@ -181,18 +181,19 @@ class Predictor:
         size = self.model.embedding_head.out_features
         parts = [(np.empty((0, size), np.float32), np.empty((0, len(self.words))), np.empty(0), [])]
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
-            opened = [_opened(image) for image in images[start : start + batch_size]]
-            parts.append(self._read(opened))
+            parts.append(self._read(images[start : start + batch_size]))
         *arrays, captions = zip(*parts, strict=True)
         embeddings, probabilities, distances = map(np.concatenate, arrays)
-        words = [_top(row, self.words, n_words) for row in probabilities]
+        ranked = [pd.Series(row, self.words).nlargest(n_words) for row in probabilities]
+        words = [list(row.items()) for row in ranked]
         prompts = self._nearest(embeddings, n_prompts)
-        captions = None if self.captioner is None else list(itertools.chain(*captions))
+        captions = None if self.captioner is None else [text for part in captions for text in part]
         distances = None if self.domain is None else distances
         return Prediction(embeddings, words, prompts, captions, distances)
 
     def _read(self, images):
-        """Return of PIL images the embeddings, words' probabilities, distances and captions."""
+        """Return of images the embeddings, words' probabilities, distances and captions."""
+        images = [i if isinstance(i, Image.Image) else data.open_image(i) for i in images]
         encoder, front = self.model.backbone, getattr(self.model.backbone, "front", None)
         pixels = self._tensor(images, encoder.image_size)
         probabilities, distances, captions = np.empty((len(images), 0)), (), []
@@ -202,9 +203,8 @@ class Predictor:
         if logits is not None:
             probabilities = logits.float().sigmoid().cpu().numpy()
         if self.domain is not None:
-            views = {"features": features.float().cpu()}
-            views["texture"] = models.texture(pixels.cpu().numpy())
-            distances = self.domain.distance(views)
+            look = models.texture(pixels.cpu().numpy())
+            distances = self.domain.distance({"features": features.float().cpu(), "texture": look})
         if self.captioner is not None:
             with data.evaluating(self.captioner.to(self.device)):
                 captions = self.captioner.caption(self._tensor(images, self.captioner.image_size))
@@ -223,10 +223,6 @@ class Predictor:
         near = ensemble.nearest(embeddings, known, min(n_prompts, len(prompts)))
         pairs = [zip(*both, strict=True) for both in zip(*near, strict=True)]
         return [[(prompts[i], float(similarity)) for similarity, i in some] for some in pairs]
-
-
-def _opened(image):
-    return image.convert("RGB") if isinstance(image, Image.Image) else data.open_image(image)
 
 
 def _embedded(path, device):
@@ -252,15 +248,8 @@ def _open(folder, captions, encoder=None):
     """Return model and recipe of a finished run that answers in embeddings, or in captions."""
     if not training.is_finished(folder) or experiment.Recipe.load(folder).captions != captions:
         what = "captioner" if captions else "run that predicts embeddings"
-        notebook = "08_captioning" if captions else "01_train_vit"
-        message = f"{files.relative(folder)} holds no finished {what}"
-        raise CacheError(message, f"Train one: rsd run {notebook}.")
+        raise CacheError(f"{files.relative(folder)} holds no finished {what}", _TRAIN[captions])
     return experiment.load_model(folder, encoder)
-
-
-def _top(probabilities, words, n):
-    order = np.argsort(-probabilities, kind="stable")[:n]
-    return [(words[i], float(probabilities[i])) for i in order]
 
 
 def best_run(profile=None, captions=False):
@@ -291,9 +280,8 @@ def best_run(profile=None, captions=False):
             runs["newest"] = runs.groupby("data")["made"].transform("max")
             return runs.sort_values(["newest", "words", "score"])["folder"].iloc[-1]
     what = "no captioner" if captions else "nothing"
-    notebook = "08_captioning" if captions else "01_train_vit"
     message = f"{what} is trained yet below {' or '.join(f'runs/{name}' for name in profiles)}"
-    raise CacheError(message, f"Run: rsd run {notebook}")
+    raise CacheError(message, _TRAIN[captions])
 
 
 def _finished(folder, captions):

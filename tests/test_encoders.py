@@ -12,12 +12,9 @@ from rsdlib import config, weights
 from rsdlib.data import features, stores, weights_key
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError, ModelNotFoundError
 from rsdlib.models import (
-    DROPPED,
     Encoder,
     JointObjective,
-    Latents,
     PromptRegressor,
-    UNetEncoder,
     clip_pair,
     create,
     into_unet,
@@ -385,7 +382,7 @@ class Recorder(torch.nn.Module):
 @pytest.mark.parametrize(("side", "given"), [(512, [16, 16, 8]), (256, [40]), (1024, [4] * 10)])
 def test_large_images_are_encoded_a_few_at_a_time(side, given):
     """256 of 512 pixels at once took 34 GB a tensor."""
-    front = Latents(Recorder())
+    front = unet.Latents(Recorder())
     images = torch.zeros(40, 1, 1, 1, dtype=torch.uint8).expand(40, 3, side, side)
     images = images + torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1)
     latents = front(images)
@@ -413,7 +410,7 @@ def test_encoder_goes_back_into_a_unet_unchanged_in_shape_and_name(diffusion):
         whole.load_state_dict(before)
         into_unet(encoder, whole, blend)
         for name, value in whole.state_dict().items():
-            shift = 0 if name.startswith(DROPPED) else blend
+            shift = 0 if name.startswith(unet.DROPPED) else blend
             torch.testing.assert_close(value, before[name] + shift)
 
 
@@ -428,7 +425,7 @@ def test_encoder_of_another_architecture_is_refused_by_its_tensors(diffusion):
 
 def test_text_of_another_width_is_refused(diffusion):
     with pytest.raises(ConfigError, match="24 numbers a token, the U-Net reads 16"):
-        UNetEncoder(whole_unet(diffusion), torch.zeros(40, 24))
+        unet.UNetEncoder(whole_unet(diffusion), torch.zeros(40, 24))
 
 
 def test_folder_without_a_pipeline_is_named(tmp_path, monkeypatch):

@@ -110,27 +110,6 @@ def test_align_takes_away_what_all_have_in_common(models, target):
         ensemble.align(np.where(np.arange(9)[:, None] == 3, 0, known[:9]), known)
 
 
-def test_subsets_in_the_order_of_table_5():
-    names = [
-        "C",
-        "U",
-        "S",
-        "V",
-        "CU",
-        "CS",
-        "CV",
-        "US",
-        "UV",
-        "SV",
-        "CUS",
-        "CUV",
-        "CSV",
-        "USV",
-        "CUSV",
-    ]
-    assert ["".join(subset) for subset in ensemble.subsets("CUSV")] == names
-
-
 # --- choices --------------------------------------------------------------------------------------
 
 

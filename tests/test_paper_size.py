@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rsdlib import config, models
-from rsdlib.models import JointObjective, PromptRegressor, UNetEncoder
+from rsdlib.models import JointObjective, PromptRegressor
+from rsdlib.models.unet import UNetEncoder
 
 PAPER = config.profile("paper")
 UNET = {

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rsdlib import analysis, ensemble
+from rsdlib.analysis.scores import subsets
 from rsdlib.errors import BadValueError
 
 RNG = np.random.default_rng(0)
@@ -84,6 +85,11 @@ def test_every_subset_has_its_mean_its_weights_and_its_gain_over_its_best_member
     assert gain == pytest.approx(equal[-1]["cosine"]["mean"] - single)
     on_val = ensemble.fit_weights(predictions["val"], val.target)
     assert fitted[-1]["weights"] == on_val
+
+
+def test_subsets_in_the_order_of_table_5():
+    names = "C U S V CU CS CV US UV SV CUS CUV CSV USV CUSV"
+    assert ["".join(subset) for subset in subsets("CUSV")] == names.split()
 
 
 def test_each_training_of_an_ensemble_is_of_its_members_training():

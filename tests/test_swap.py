@@ -7,7 +7,8 @@ import torch
 
 from rsdlib import config, models, runtime
 from rsdlib.errors import BadTableError, BadValueError, CheckpointError
-from rsdlib.models import sampling, swap_encoder, switch_step
+from rsdlib.models import sampling, swap_encoder
+from rsdlib.models.unet import switch_step
 
 PROMPTS = ["a fox in the snow", "two cats at night, watercolor"]
 SEEDS = [3, 4]

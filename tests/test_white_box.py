@@ -329,7 +329,7 @@ def test_parts_and_blends_of_an_encoder_go_back(folders, encoder):
         whole.load_state_dict(before)
         models.into_unet(moved, whole, blend, parts)
         for name, value in whole.state_dict().items():
-            taken = name.startswith(parts) and not name.startswith(models.DROPPED)
+            taken = name.startswith(parts) and not name.startswith(unet.DROPPED)
             torch.testing.assert_close(value, before[name] + (blend if taken else 0.0))
     with pytest.raises(BadValueError, match="no part 'midblock'"):
         models.into_unet(moved, whole, 1.0, ("midblock",))

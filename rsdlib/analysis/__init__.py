@@ -2,8 +2,6 @@
 
 from rsdlib.analysis import tables
 from rsdlib.analysis.metrics import (
-    Comparison,
-    Estimate,
     bootstrap_ci,
     clipscore,
     cosine,

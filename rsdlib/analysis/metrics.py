@@ -48,8 +48,7 @@ def ref_clipscore(image, caption, references, w=2.5):
     ndarray (n,)
         0 where either part is 0.
     """
-    references = np.asarray(references)
-    references = references[:, None] if references.ndim == 2 else references  # (n, r, d)
+    references = np.reshape(references, (len(caption), -1, np.shape(references)[-1]))  # (n, r, d)
     cosines = [cosine(caption, several) for several in references.swapaxes(0, 1)]
     return hmean([clipscore(image, caption, w), np.max(cosines, axis=0).clip(0)])
 
@@ -122,8 +121,7 @@ def bootstrap_ci(values, *, groups=None, level=0.95, resamples=2000, seed=0):
     share = 0.0
     if trainings == 1:
         generator, drawn = rng("bootstrap", seed), np.empty(resamples)
-        for start in range(0, resamples, 256):  # blocks bound the memory
-            block = drawn[start : start + 256]
+        for block in np.split(drawn, range(256, resamples, 256)):  # blocks bound the memory
             block[:] = means[0, generator.integers(count, size=(len(block), count))].mean(axis=1)
         low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     else:
@@ -142,8 +140,7 @@ def _by_prompt(values, groups):
     finite = np.isfinite(values).all(axis=0)
     if not finite.all():
         raise BadValueError(f"value {int(np.argmin(finite))} is not finite")
-    if groups is None:
-        return values
+    groups = np.arange(values.shape[1]) if groups is None else groups
     inverse = np.unique(np.asarray(groups), return_inverse=True)[1]
     with refusing(ValueError, BadValueError, f"{len(groups)} groups for {values.shape[1]} values"):
         return np.stack([np.bincount(inverse, row) for row in values]) / np.bincount(inverse)
@@ -228,8 +225,7 @@ def paired_test(a, b, *, groups=None, resamples=10_000, seed=0):
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape[-1:] != b.shape[-1:] or (a.ndim == b.ndim and a.shape != b.shape):
-        fix = "A paired test needs the same items in the same order, by equally many trainings."
-        raise BadValueError(f"a has {a.shape}, b {b.shape} values", fix)
+        raise BadValueError(f"{a.shape}, {b.shape}: not the same items by equally many trainings")
     means = _by_prompt(a - b, groups)
     difference = bootstrap_ci(a - b, groups=groups, seed=seed)
     if len(means) == 1:
@@ -299,8 +295,7 @@ def retrieval(pred, target, groups=None, block=1024):
     _, first, own = np.unique(groups, return_index=True, return_inverse=True)
     candidates = target[first]  # (c, d)
     ranks = np.empty(len(pred))
-    for start in range(0, len(pred), block):
-        rows = slice(start, start + block)
+    for rows in np.split(np.arange(len(pred)), range(block, len(pred), block)):
         scores = pred[rows] @ candidates.T  # (block, c)
         mine = np.take_along_axis(scores, own[rows, None], axis=1)
         ties = np.isclose(scores, mine, rtol=0, atol=1e-12).sum(axis=1) - 1

@@ -79,8 +79,7 @@ def plot_report(report, *, ax=None):
     ax.bar_label(dropped, [f" {count:,}" for count in taken], fontsize=8, color=GREY)
     ax.invert_yaxis()
     ax.grid(visible=False)
-    ax.margins(x=0.12)
-    ax.set_xlabel("pairs left (blue) and dropped (orange) by each rule")
+    ax.set(xmargin=0.12, xlabel="pairs left (blue) and dropped (orange) by each rule")
     return ax
 
 
@@ -140,8 +139,7 @@ def plot_scores(rows, *, reference=None, of="cosine", label=ON_TEST, ax=None):
         ax.errorbar(mean, place, xerr=reach, fmt="o", color=COLOURS[0], linewidth=2)
         ax.annotate(f"{mean[0]:.3f}", (mean[0], place), **above)
         if row["method"] in (reference or {}):
-            number = reference[row["method"]]
-            ax.plot(number, place, "D", markerfacecolor="none", color=COLOURS[1])
+            ax.plot(reference[row["method"]], place, "D", markerfacecolor="none", color=COLOURS[1])
     ax.set_yticks(range(len(rows)), [row["method"] for row in rows])
     ax.grid(visible=False, axis="y")
     most = max(row[of].get("trainings", 1) for row in rows)
@@ -203,8 +201,7 @@ def plot_maps(table, value, *, x, y, by):
         seaborn.heatmap(grid, ax=ax, cbar=False, **look, **limits)
         if best[by] == name:
             corner = grid.columns.get_loc(best[x]), grid.index.get_loc(best[y])
-            frame = Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5)
-            ax.add_patch(frame)
+            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5))
         ax.set_title(f"{by} = {name}")
     return figure
 

@@ -1,6 +1,7 @@
 """Predictions of several methods, compared on the same items; and what some studies ask of them."""
 
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -117,15 +118,14 @@ def ensemble_tables(predictions, val, test):
     equal, fitted : list of dict
         One row a subset; the fitted ones state their ``weights``, of s trainings the mean.
     """
-    known = replace(val, predictions=predictions["val"])
-    on_val = {model: known.cosine(model).mean() for model in known.predictions}
-    of_training = {split: _by_training(models) for split, models in predictions.items()}
+    val = replace(val, predictions=predictions["val"])
+    on_val = {model: val.cosine(model).mean() for model in val.predictions}
     test.predictions |= predictions["test"]
     equal, fitted = [], []
     initials = len({model[0] for model in on_val}) == len(on_val)
-    for subset in ensemble.subsets(on_val):
+    for subset in subsets(on_val):
         label = "".join(m[0].upper() for m in subset) if initials else " + ".join(subset)
-        mine = {s: [{m: one[m] for m in subset} for one in all] for s, all in of_training.items()}
+        mine = {split: _by_training(models, subset) for split, models in predictions.items()}
         weights = [ensemble.fit_weights(one, val.target) for one in mine["val"]]
         best = max(subset, key=on_val.get)
         for table, method in ((equal, label), (fitted, f"{label}, fitted")):
@@ -140,11 +140,16 @@ def ensemble_tables(predictions, val, test):
     return equal, fitted
 
 
-def _by_training(predictions):
-    """Return for each training the models' predictions."""
-    several = {model: metrics.each_training(pred) for model, pred in predictions.items()}
+def subsets(names):
+    """Return every non-empty subset in the order of the supplementary's Table 5: C, U, ..., CU."""
+    return [group for size in range(len(names)) for group in combinations(names, size + 1)]
+
+
+def _by_training(predictions, models):
+    """Return for each training some models' predictions."""
+    several = [metrics.each_training(predictions[model]) for model in models]
     with refusing(ValueError, BadValueError, "the models' trainings are not equally many: {}"):
-        return [dict(zip(several, one, strict=True)) for one in zip(*several.values(), strict=True)]
+        return [dict(zip(models, one, strict=True)) for one in zip(*several, strict=True)]
 
 
 def swap_table(measured, groups, original=("original", "never")):
@@ -208,5 +213,4 @@ def rivals(looks, prompts, asked):
     twins = (prompts[:, None] == prompts[None]) & ~np.eye(len(prompts), dtype=bool)
     usual = np.median(alike[twins]) if twins.any() else np.quantile(alike, 0.99)
     near = alike[asked][:, ~asked] >= usual
-    others = prompts[~asked]
-    return np.array([len(np.unique(others[row])) for row in near]), float(usual)
+    return np.array([len(np.unique(prompts[~asked][row])) for row in near]), float(usual)

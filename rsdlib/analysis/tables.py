@@ -4,7 +4,6 @@ A stored row has ``method``, a score (``cosine``, or ``RefCLIPScore`` in table 1
 `Estimate`, its paired comparisons, and in table 2 ``steps``, of training.
 """
 
-import re
 import tomllib
 from pathlib import Path
 
@@ -71,39 +70,31 @@ def collect(folder):
         return files.read_json(folder / f"{name}.json")
 
     captions, ensembles = read("08_captioning")["table 1"], read("06_ensemble_dakl")
-    single = {}
-    for name in ("01_vit", "02_swin", "03_clip", "04_unet"):
-        single |= {row["method"]: row for row in read(name)["table"]}
+    notebooks = "01_vit", "02_swin", "03_clip", "04_unet"
+    single = {row["method"]: row for name in notebooks for row in read(name)["table"]}
     blip = next(row for row in captions if row["method"] == "BLIP")
     single["BLIP"] = {"method": "BLIP", "cosine": blip["MiniLM"]}
     longer = [f"{name}{more}" for name in VANILLA for more in (" + MLC", " + MLC + CL")]
     names = [*PAPER["table 4"], *longer, *CAPTIONS]
-    stored = {
-        "table 1": captions,
-        "table 2": read("05_curriculum")["table 2"],
-        "table 3": ensembles["table 3"],
-        "table 4": [single[name] for name in names if name in single],
-        "table 5": ensembles["table 5"] + ensembles.get("fitted weights", [])[-1:],
-    }
-    return {table: _beside_the_paper(table, rows) for table, rows in stored.items()}
+    four = [single[name] for name in names if name in single]
+    five = ensembles["table 5"] + ensembles.get("fitted weights", [])[-1:]
+    stored = captions, read("05_curriculum")["table 2"], ensembles["table 3"], four, five
+    return {name: list(_rows(name, rows)) for name, rows in zip(PAPER, stored, strict=True)}
 
 
-def _beside_the_paper(table, stored):
-    """Return a table's rows as `collect` does."""
+def _rows(table, stored):
+    """Yield a table's rows as `collect` returns them."""
     paper = beside(table, [row["method"] for row in stored])
-    score = "RefCLIPScore" if table == "table 1" else "cosine"
-    rows = []
     for row in stored:
-        facts = {"method": row["method"], "score": row[score], "steps": row.get("steps")}
-        rows.append({**facts, "gain": _shown(gains(row)), "paper": paper.get(row["method"])})
-    return rows
+        facts = {"method": row["method"], "paper": paper.get(row["method"])}
+        facts |= {"score": row.get("RefCLIPScore") or row["cosine"], "steps": row.get("steps")}
+        yield {**facts, "gain": _shown(gains(row))}
 
 
 def _shown(gains):
     """Return the gain over the vanilla training, else over the mean embedding, else the first."""
-    order = [*VANILLA, "mean embedding"]
-    places = [order.index(gain.over) if gain.over in order else len(order) for gain in gains]
-    return gains[places.index(min(places))] if gains else None
+    first = [*VANILLA, "mean embedding"]
+    return min(gains, key=lambda gain: [*first, gain.over].index(gain.over), default=None)
 
 
 def beside(table, methods):
@@ -232,9 +223,8 @@ def insert(text, place, content):
         The marks are not there.
     """
     begin, end = BEGIN.format(place), END.format(place)
-    between = f"(?s)(?<={re.escape(begin)}).*(?={re.escape(end)})"
-    text, found = re.subn(between, lambda _: f"\n\n{content}\n", text)
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        fix = f"Put the lines {begin!r} and {end!r} into it."
-        raise CacheError(f"the file has no place for {place}", fix)
-    return text
+        raise CacheError(f"the file has no place for {place}", f"Add {begin!r} and {end!r} to it.")
+    return f"{before}{begin}\n\n{content}\n{end}{after}"

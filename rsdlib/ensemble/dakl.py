@@ -160,10 +160,6 @@ def least_alpha(n_clusters, n_targets, tol=1e-4):
 # --- the estimator --------------------------------------------------------------------------------
 
 
-_POSITIVE = [Interval(Real, 0, None, closed="neither")]
-_COUNT = [Interval(Integral, 1, None, closed="left")]
-
-
 @dataclass(eq=False, repr=False)
 class DAKL(BaseEstimator):
     """Domain-adaptive kernel learning, with the target images' predictions, without their prompts.
@@ -219,8 +215,8 @@ class DAKL(BaseEstimator):
     """
 
     _parameter_constraints: ClassVar = {
-        **dict.fromkeys(("n_clusters", "max_iter"), _COUNT),
-        **dict.fromkeys(("gamma", "alpha", "tol"), _POSITIVE),
+        **dict.fromkeys(("n_clusters", "max_iter"), (Interval(Integral, 1, None, closed="left"),)),
+        **dict.fromkeys(("gamma", "alpha", "tol"), (Interval(Real, 0, None, closed="neither"),)),
         "solver": [StrOptions({"auto", "affine", "primal"})],
         "random_state": [Interval(Integral, None, None, closed="neither"), None],
     }
@@ -262,14 +258,12 @@ class DAKL(BaseEstimator):
         """
         with refusing(InvalidParameterError, ConfigError, "{}"):
             self._validate_params()
-        k_means = self.n_clusters, self.max_iter, self.random_state
-        S, self.centroid_targets_ = cluster(X, Y, *k_means)
+        S, self.centroid_targets_ = cluster(X, Y, self.n_clusters, self.max_iter, self.random_state)
         self.n_features_in_ = S.shape[1]
         self.landmarks_ = np.concatenate([S, self._rows_like_source(X_target)])
         least = least_alpha(len(S), len(self.landmarks_) - len(S), self.tol)
         if self.alpha < least:
-            message = f"alpha = {self.alpha:g} is lost in float64's rounding"
-            raise ConfigError(message, f"Use alpha={least:.1g} or more.")
+            raise ConfigError("alpha is lost in float64's rounding", f"Use {least:.1g} or more.")
         problem = self.landmarks_, self.centroid_targets_, self.gamma, self.alpha
         self.error_ = np.nan
         if self.solver != "primal":
@@ -309,8 +303,7 @@ class DAKL(BaseEstimator):
             # The certificate has a slack of three, and follows the kernel's distance from its line.
             usual = self.predictor_.residual(self.landmarks_[len(self.centroid_targets_) :])
             if self.error_ * self.predictor_.residual(rows) > 3 * self.tol * usual:
-                message = "the affine form may err on rows unlike the fit's"
-                raise BadValueError(message, "Fit with solver='primal'.")
+                raise BadValueError("these rows are unlike the fit's", "Use solver='primal'.")
         return unit_rows(self.predictor_(rows), "the prediction").astype(np.float32)
 
     def fit_predict(self, X, Y, X_target):
@@ -347,5 +340,4 @@ def _solve_primal(Z, Y, gamma, alpha):
         phi = kernel(Z[block], S, gamma).T
         gram = blas.dsyrk(1.0, phi, beta=1.0, c=gram, lower=True, overwrite_c=True)
     gram[np.diag_indices(len(S))] += alpha
-    dual = cho_solve(cho_factor(gram, lower=True, overwrite_a=True), Y)
-    return _stream(Z, S, gamma, dual)
+    return _stream(Z, S, gamma, cho_solve(cho_factor(gram, lower=True, overwrite_a=True), Y))

@@ -1,6 +1,6 @@
 """The mean of the models' predictions, and every choice made on validation predictions alone."""
 
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -36,7 +36,13 @@ def mean(predictions, weights=None):
         predictions cancel.
     """
     names, stack = _stack(predictions)
-    weights = np.ones(len(names)) if weights is None else _in_order(weights, names)
+    weights = pd.Series(dict.fromkeys(names, 1) if weights is None else weights, dtype=float)
+    if set(weights.index) != set(names):
+        message = f"the weights are for {list(weights.index)}, the predictions of {names}"
+        raise BadValueError(message, "Hand in one per model, by name where models have names.")
+    weights = weights.loc[names].to_numpy()
+    if not (weights.min() >= 0 and 0 < weights.sum() < np.inf):
+        raise BadValueError(f"weights {weights} are not usable", "Use finite ones from 0 on.")
     return unit_rows(np.tensordot(weights, stack, axes=1), "the mean").astype(np.float32)
 
 
@@ -52,18 +58,6 @@ def _stack(predictions):
 
 def _named(values):
     return values if isinstance(values, dict) else dict(enumerate(values))
-
-
-def _in_order(weights, names):
-    """Return the weights (m,) in the models' order, or say which do not belong."""
-    named = _named(weights)
-    if set(named) != set(names):
-        message = f"the weights are for {list(named)}, the predictions of {names}"
-        raise BadValueError(message, "Hand in one per model, by name where models have names.")
-    weights = np.array([named[name] for name in names], np.float64)
-    if not (weights.min() >= 0 and 0 < weights.sum() < np.inf):
-        raise BadValueError(f"weights {weights} are not usable", "Use finite ones from 0 on.")
-    return weights
 
 
 def align(predictions, known):
@@ -91,22 +85,6 @@ def align(predictions, known):
     rows, known = unit_rows(predictions, "predictions"), unit_rows(known, "known")
     moved = rows + known.mean(axis=0) - rows.mean(axis=0)
     return unit_rows(moved, "the moved predictions").astype(np.float32)
-
-
-def subsets(names):
-    """Return every non-empty subset of the models, in the order of the supplementary's Table 5.
-
-    Parameters
-    ----------
-    names : sequence of str
-        ``"CUSV"`` gives C, U, S, V, CU, CS, CV, US, UV, SV, CUS, CUV, CSV, USV, CUSV.
-
-    Returns
-    -------
-    list of tuple of str
-        Smallest first.
-    """
-    return [group for size in range(len(names)) for group in combinations(names, size + 1)]
 
 
 # --- choices on validation ------------------------------------------------------------------------

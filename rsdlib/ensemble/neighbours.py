@@ -1,6 +1,7 @@
 """Exact nearest neighbours by cosine similarity, streamed in blocks."""
 
 import numpy as np
+from sklearn.preprocessing import normalize
 
 from rsdlib import runtime
 from rsdlib.errors import BadValueError
@@ -31,24 +32,17 @@ def nearest(queries, base, k, block=4096):
     """
     if not 1 <= k <= len(base):
         raise BadValueError(f"k = {k} neighbours cannot be found among {len(base)} rows")
-    queries = _unit(queries)
+    queries = normalize(np.asarray(queries, np.float32))
     if queries.shape[1] != base.shape[1]:
         raise BadValueError(f"dimensions differ: queries {queries.shape}, base {base.shape}")
     faiss = runtime.require("faiss", "faiss-cpu")
     best = faiss.ResultHeap(len(queries), k, keep_max=True)
     for start in range(0, len(base), block):
-        rows = _unit(base[start : start + block])
+        rows = normalize(np.asarray(base[start : start + block], np.float32))
         scores, places = faiss.knn(queries, rows, min(k, len(rows)), faiss.METRIC_INNER_PRODUCT)
         best.add_result(scores, places + start)
     best.finalize()
     return best.D, best.I
-
-
-def _unit(rows):
-    """Return a float32 copy with rows of unit length; a zero row stays zero."""
-    import torch
-
-    return torch.nn.functional.normalize(torch.from_numpy(np.array(rows, np.float32))).numpy()
 
 
 def knn_regress(queries, base, targets, k=16):
@@ -72,8 +66,7 @@ def knn_regress(queries, base, targets, k=16):
     """
     similarity, index = nearest(queries, base, min(k, len(base)))
     weights = np.maximum(similarity, 1e-6)[:, :, None]  # (q, k, 1)
-    mean = (weights * np.asarray(targets, np.float32)[index]).sum(axis=1)
-    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return normalize((weights * np.asarray(targets, np.float32)[index]).sum(axis=1))
 
 
 def nearest_prompts(embeddings, bank, prompts):

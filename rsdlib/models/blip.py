@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,6 +36,8 @@ class Captioner(nn.Module):
         super().__init__()
         self.blip, self.tokenizer = blip, tokenizer
         self.image_size = blip.config.vision_config.image_size
+        self.pad = blip.config.text_config.pad_token_id  # it stands behind the end of a caption
+        self.length = min(LENGTH, blip.config.text_config.max_position_embeddings)  # in tokens
         width = blip.config.vision_config.hidden_size
         self.vocabulary_head = nn.Linear(width, vocabulary_size) if vocabulary_size else None
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
@@ -55,21 +56,10 @@ class Captioner(nn.Module):
         states, head = output.image_embeds, self.vocabulary_head  # (b, 1 + places, p)
         return output.logits, None if head is None else head(states[:, 0])
 
-    @property
-    def pad(self):
-        """The token that stands behind the end of a caption."""
-        return self.blip.config.text_config.pad_token_id
-
-    @property
-    def length(self):
-        """Longest caption in tokens."""
-        return min(LENGTH, self.blip.config.text_config.max_position_embeddings)
-
     def encode(self, captions):
         """Return captions as tokens (n, l), int64, opened by BLIP's mark and cut at `length`."""
         how = {"padding": "longest", "truncation": True, "max_length": self.length}
-        tokens = self.tokenizer(list(captions), return_tensors="np", **how)["input_ids"]
-        tokens = tokens.astype(np.int64)
+        tokens = self.tokenizer(list(captions), return_tensors="np", **how).input_ids
         tokens[:, 0] = self.blip.config.text_config.bos_token_id
         return tokens
 

@@ -1,7 +1,5 @@
 """Image encoders with the preprocessing they were trained with: uint8 images in, features out."""
 
-import itertools
-
 import torch
 from torch import nn
 
@@ -44,16 +42,16 @@ class FrontedEncoder(nn.Module):
     """An encoder that reads what its frozen `front` makes of images, computed once and stored.
 
     The front lies beside the module: it is neither trained, saved nor moved with it.
+
+    Parameters
+    ----------
+    front : nn.Module or None
+        Maps uint8 images to what `forward` reads.
     """
 
     def __init__(self, front):
         super().__init__()
-        self._beside = (front,)  # torch takes up no module inside a tuple
-
-    @property
-    def front(self):
-        """The frozen module that maps uint8 images to what `forward` reads, or None."""
-        return self._beside[0]
+        self.__dict__["front"] = front  # torch takes up no module that is set like this
 
 
 class Frozen(FrontedEncoder):
@@ -75,7 +73,7 @@ class Frozen(FrontedEncoder):
         front = encoder if encoder.front is None else nn.Sequential(encoder.front, encoder)
         super().__init__(front.eval().requires_grad_(False))
         sizes, layers = [encoder.features, *widths], []
-        for p, q in itertools.pairwise(sizes):
+        for p, q in zip(sizes[:-1], widths, strict=True):
             layers += [nn.Linear(p, q), nn.BatchNorm1d(q), nn.GELU(), nn.Dropout(dropout)]
         self.body = nn.Sequential(*layers)
         self.features, self.image_size = sizes[-1], encoder.image_size
@@ -110,14 +108,12 @@ def create(config, *, load=True):
         The library is unknown, or a part that is to be frozen does not exist.
     """
     if config.library not in _BUILDERS:
-        message = f"no image encoder comes from {config.library!r}"
-        raise ConfigError(message, f"Known: {', '.join(_BUILDERS)}.")
+        raise ConfigError(f"no image encoder comes from {config.library!r}", f"Use {[*_BUILDERS]}.")
     load = load or config.fine_tune == "never"
     encoder = _BUILDERS[config.library](config, config.pretrained and load)
     for part in config.frozen:
-        message = f"{config.model} has no part {part!r} to freeze"
-        fix = f"Parts are {', '.join(name for name, _ in encoder.named_children())}."
-        with refusing(AttributeError, ConfigError, message, fix):
+        message = f"{config.model} has no part {part!r} to freeze: {{}}"
+        with refusing(AttributeError, ConfigError, message):
             encoder.get_submodule(part).requires_grad_(False)
     return Frozen(encoder) if config.fine_tune == "never" else encoder
 
@@ -178,10 +174,8 @@ def load_in_order(model, path):
 def _open_clip(config, pretrained):
     """CLIP's image tower; with the option ``mlp`` frozen, below a perceptron of those widths."""
     widths = config.options.get("mlp")
-    if not widths:
-        return _image_tower(_clip(config, pretrained), config)
-    front = _image_tower(_clip(config, config.pretrained), config)
-    return Frozen(front, widths, config.options.get("dropout", 0.5))
+    tower = _image_tower(_clip(config, config.pretrained if widths else pretrained), config)
+    return Frozen(tower, widths, config.options.get("dropout", 0.5)) if widths else tower
 
 
 def _diffusers(config, pretrained):
@@ -250,11 +244,15 @@ def _name(config, marker, pretrained):
     return f"local-dir:{folder}" if folder else config.model
 
 
+def pipeline_folder(name):
+    """Return the folder of a pipeline in diffusers' format: a path, or a name in `weights`."""
+    return weights.find(name, "model_index.json") or weights.locate(name)
+
+
 def _naming(config):
-    library = config.library
-    message = f"{library} cannot build {config.model!r} (pretrained={config.pretrained}): {{}}"
-    fix = f"Check the name with {library}.list_models(), or put the weights into $RSD_MODELS."
-    return no_model(message, fix)
+    what = f"{config.library} cannot build {config.model!r} (pretrained={config.pretrained}): {{}}"
+    fix = f"Check the name: {config.library}.list_models(), or put the weights into $RSD_MODELS."
+    return no_model(what, fix)
 
 
 def no_model(message, fix):

@@ -197,18 +197,14 @@ def ridge(blocks, target, strengths=None, shrink=0.01):
     if strengths is None:
         penalty = X.new_full((X.shape[1],), shrink * len(X) * X.var())
     else:
-        parts = X.split([block.shape[1] for block in blocks], dim=1)
-        variances = [part.square().mean(dim=0).sum().item() for part in parts]
-        shares = zip(parts, variances, strengths, strict=True)
-        penalty = torch.cat([torch.full_like(part[0], v / s) for part, v, s in shares])
+        parts = zip(X.split([block.shape[1] for block in blocks], dim=1), strengths, strict=True)
+        penalties = [(part.square().mean(dim=0).sum() / s).expand_as(part[0]) for part, s in parts]
+        penalty = torch.cat(penalties)
     if len(X) < X.shape[1]:  # the smaller of two equal systems
-        kernel = (X / penalty) @ X.T
-        kernel.diagonal().add_(1)
-        weight = ((X / penalty).T @ torch.linalg.solve(kernel, Y)).T
+        scaled = X / penalty
+        weight = (scaled.T @ torch.linalg.solve(scaled @ X.T + torch.eye(len(X)).to(X), Y)).T
     else:
-        gram = X.T @ X
-        gram.diagonal().add_(penalty)
-        weight = torch.linalg.solve(gram, X.T @ Y).T
+        weight = torch.linalg.solve(X.T @ X + penalty.diag(), X.T @ Y).T
     return weight, middle - weight @ centre
 
 
@@ -238,8 +234,7 @@ def joint_loss(embedding, logits, target, labels, weight=0.1, huber=0.0):
     embedding, target = embedding.float(), target.float()
     loss = (1 - F.cosine_similarity(embedding, target)).mean()
     if logits is not None and weight:
-        classification = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
-        loss = loss + weight * classification
+        loss = loss + weight * F.binary_cross_entropy_with_logits(logits.float(), labels.float())
     if huber:
         loss = loss + huber * F.huber_loss(embedding, target)
     return loss

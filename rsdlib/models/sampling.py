@@ -5,12 +5,7 @@ import torch
 
 from rsdlib import files, runtime, weights
 from rsdlib.errors import BadTableError, refusing
-from rsdlib.models.encoders import no_model
-
-
-def pipeline_folder(name):
-    """Return the folder of a pipeline in diffusers' format: a path, or a name in `weights`."""
-    return weights.find(name, "model_index.json") or weights.locate(name)
+from rsdlib.models.encoders import no_model, pipeline_folder
 
 
 def open_pipeline(name, device="auto", dtype=None):
@@ -38,10 +33,9 @@ def open_pipeline(name, device="auto", dtype=None):
 
     folder, on = pipeline_folder(name), runtime.device(device)
     how = {"safety_checker": None, "requires_safety_checker": False}
-    how["dtype"] = dtype or _precision(on)
     fix = "It needs model_index.json and the parts it names, in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion pipeline: {{}}", fix):
-        pipe = StableDiffusionPipeline.from_pretrained(folder, **how)
+        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype or _precision(on), **how)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(on)
 
@@ -77,16 +71,9 @@ def sample(pipe, prompts, seeds, steps=20, guidance=5.0, height=None, width=None
     # In float32 on the CPU: a seed is the same noise on any device, at any precision.
     shape = (1, config.in_channels, height // factor, width // factor)
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    images = pipe(
-        list(prompts),
-        height=height,
-        width=width,
-        generator=generators,
-        latents=noise.to(pipe.unet.dtype),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="np",
-    ).images
+    how = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
+    how |= {"height": height, "width": width, "latents": noise.to(pipe.unet.dtype)}
+    images = pipe(list(prompts), generator=generators, **how).images
     return (images * 255).round().astype(np.uint8)
 
 
@@ -110,8 +97,7 @@ def sample_stored(pipe, weights, prompts, seeds, steps=20, guidance=5.0, batch_s
     how = {"steps": steps, "guidance": guidance}
     batches = []
     for start in runtime.track(range(0, len(prompts), batch_size), "sampling"):
-        part = slice(start, start + batch_size)
-        asked = (prompts[part], seeds[part])
+        asked = prompts[start : start + batch_size], seeds[start : start + batch_size]
         key = files.digest([weights, *asked, how, pipe.unet.dtype])
         path = files.cache_dir() / "samples" / f"{key}.npy"
         batches.append(files.cached_rows(path, lambda asked=asked: sample(pipe, *asked, **how)))

@@ -76,12 +76,11 @@ def open_speech(config, words=()):
     ModelNotFoundError
         See `create`.
     """
+    names, classifier = (), None
     if config.library == "timm" and config.pretrained:
         names, classifier = _classes(config)
     elif config.library == "open_clip" and words and not config.options.get("mlp"):
         names, classifier = tuple(words), _asking(config, words)
-    else:
-        names, classifier = (), None
     if not names:
         return (), None
     embeddings = torch.from_numpy(embed_cached(names))

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rsdlib import files, runtime
+from rsdlib import files
 from rsdlib.config import as_dict
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError
 from rsdlib.models.blip import open_captioner
-from rsdlib.models.encoders import FrontedEncoder, no_model
+from rsdlib.models.encoders import FrontedEncoder, no_model, pipeline_folder
 from rsdlib.models.heads import JointObjective
-from rsdlib.models.sampling import pipeline_folder
 
 DROPPED = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")  # the decoder half
 SLICE = 16 * 512 * 512  # pixels that the autoencoder reads at once: 16 images of 512 a side
@@ -68,15 +67,13 @@ class UNetEncoder(FrontedEncoder):
         """Return latents (b, c, h, w) and contexts (b, t, k) of what `forward` reads."""
         if inputs.dim() == 4:
             return inputs.float(), self.context.expand(len(inputs), -1, -1)
-        latents, tokens = self._parts(inputs)
+        latents, tokens = split_rows(inputs, self.unet.config.in_channels, len(self.context))
         return latents, self.front.texts.to(latents.device).states(tokens)
 
     def captions(self, inputs):
         """Return the captions in what `forward` reads, as their tokenizer spells them."""
-        return self.front.texts.words(self._parts(inputs)[1])
-
-    def _parts(self, inputs):
-        return split_rows(inputs, self.unet.config.in_channels, len(self.context))
+        _, tokens = split_rows(inputs, self.unet.config.in_channels, len(self.context))
+        return self.front.texts.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def with_noise(self, latents):
         """Return latents with the sampler's noise, and the timesteps (b,) drawn for them."""
@@ -113,10 +110,9 @@ class UNetEncoder(FrontedEncoder):
 
 def _check_conditions(unet, context):
     """Refuse a U-Net that is told more than a prompt, or a prompt of another width."""
-    others = ("class_embedding", "add_embedding", "encoder_hid_proj")
-    extra = [name for name in others if getattr(unet, name, None) is not None]
-    if extra:
-        raise ConfigError(f"this U-Net also has {', '.join(extra)}", "Use one without it.")
+    for name in ("class_embedding", "add_embedding", "encoder_hid_proj"):
+        if getattr(unet, name, None) is not None:
+            raise ConfigError(f"this U-Net also has {name}", "Use one without it.")
     width, reads = context.shape[-1], unet.config.cross_attention_dim
     if width != reads:
         message = f"the text context has {width} numbers a token, the U-Net reads {reads}"
@@ -145,8 +141,7 @@ class Latents(nn.Module):
         """
         latents = []
         for part in images.split(max(SLICE // images[0, 0].numel(), 1)):
-            pixels = (part.float() - 127.5) / 127.5
-            latents.append(self.vae.encode(pixels).latent_dist.mode())
+            latents.append(self.vae.encode((part.float() - 127.5) / 127.5).latent_dist.mode())
         return torch.cat(latents) * self.scale
 
 
@@ -158,7 +153,7 @@ class CaptionedLatents(nn.Module):
     Parameters
     ----------
     latents : Latents
-    captioner : rsdlib.models.Captioner
+    captioner : rsdlib.models.blip.Captioner
     texts : Texts
         Its tokens are stored; `UNetEncoder` asks it for their states.
     """
@@ -212,10 +207,6 @@ class Texts(nn.Module):
         how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return self.tokenizer(list(prompts), **how).input_ids
 
-    def words(self, tokens):
-        """Return the texts of tokens (n, t), as the tokenizer spells them."""
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
     @torch.no_grad()
     def states(self, tokens):
         """Return what cross-attention reads (n, t, c)."""
@@ -239,29 +230,27 @@ def open_encoder(config, pretrained=True):
     -------
     UNetEncoder
     """
-    diffusers = runtime.require("diffusers")
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
     options, folder = as_dict(config.options), pipeline_folder(config.model)
     captioner, noised = options.pop("captioner", None), options.pop("noised", False)
-    captioner = captioner and open_captioner(captioner)
     fix = "It needs unet, vae, text_encoder, tokenizer and scheduler in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion folder: {{}}", fix):
-        vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
-        sampler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        sampler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         if pretrained:
-            unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         else:
-            told = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
-            changes = {} if config.pretrained else options
-            unet = diffusers.UNet2DConditionModel.from_config({**told, **changes})
+            told = UNet2DConditionModel.load_config(folder, subfolder="unet")
+            unet = UNet2DConditionModel.from_config(told, **({} if config.pretrained else options))
         texts = Texts(folder)
         context = texts.states(texts.tokens([""]))[0]
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = config.image_size or unet.config.sample_size * factor
+    size = config.image_size or unet.config.sample_size * 2 ** len(vae.config.down_block_types[1:])
     front = Latents(vae)
     if captioner is not None:
-        front = CaptionedLatents(front, captioner, texts)
+        front = CaptionedLatents(front, open_captioner(captioner), texts)
     return UNetEncoder(unet, context, front, size, sampler, noised)
 
 
@@ -368,11 +357,11 @@ def into_unet(encoder, unet, blend=1.0, parts=("",)):
         raise CheckpointError(message, "Use the U-Net it came from.")
     for part in parts:
         if not any(name.startswith(part) for name in new):
-            fix = f"Parts are {', '.join(encoder_parts(unet))}."
-            raise BadValueError(f"the encoder has no part {part!r}", fix)
-    taken = {name: value for name, value in new.items() if name.startswith(tuple(parts))}
-    mixed = {name: torch.lerp(own[name].to(value), value, blend) for name, value in taken.items()}
-    unet.load_state_dict({**own, **mixed})
+            raise BadValueError(f"there is no part {part!r}", f"Parts: {encoder_parts(unet)}.")
+    for name, value in new.items():
+        if name.startswith(tuple(parts)):
+            own[name] = torch.lerp(own[name].to(value), value, blend)
+    unet.load_state_dict(own)
 
 
 def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
