@@ -328,7 +328,7 @@ class Trial:
         if wanted and runtime.is_main_process():
             self._learn_domain()
         if runtime.is_main_process():  # three times the model's size, and no longer of use
-            (self.folder / training.CHECKPOINT).unlink(missing_ok=True)
+            (self.folder / training.runs.CHECKPOINT).unlink(missing_ok=True)
             (self.folder / PLAN).unlink(missing_ok=True)
         return self.folder
 

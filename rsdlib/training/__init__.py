@@ -16,12 +16,4 @@ from rsdlib.training.curriculum import (
 )
 from rsdlib.training.loop import Callback, Plan, Stage, fit
 from rsdlib.training.processes import end_with_parent, is_one_of_many, launch
-from rsdlib.training.runs import (
-    CHECKPOINT,
-    WEIGHTS,
-    Run,
-    is_finished,
-    load_run,
-    load_weights,
-    save_weights,
-)
+from rsdlib.training.runs import WEIGHTS, Run, is_finished, load_run, load_weights, save_weights
