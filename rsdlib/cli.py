@@ -393,7 +393,10 @@ def train(folder: str, /):
     from rsdlib import experiment, training
 
     training.end_with_parent()
-    experiment.planned(folder).run()
+    if training.is_finished(folder):
+        runtime.log(f"{folder} holds a finished run")
+    else:
+        experiment.planned(folder).run()
 
 
 # --- data and models ------------------------------------------------------------------------------

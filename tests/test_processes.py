@@ -108,6 +108,8 @@ def test_killed_processes_are_taken_up_by_two_and_by_one(prepared):
             time.sleep(0.02)
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+        while str(folder) in running():  # torchrun's processes have a group of their own
+            time.sleep(0.1)
         assert not training.is_finished(folder)
         assert_same(
             expected, training.load_run(trial(prepared, epochs=4, processes=processes).run())
@@ -116,7 +118,7 @@ def test_killed_processes_are_taken_up_by_two_and_by_one(prepared):
 
 @pytest.mark.slow
 def test_a_notebook_trains_by_two_processes(project):
-    arguments = ["-p", "profile", "smoke", "-p", "epochs", "1", "-p", "precision", "fp32"]
+    arguments = ["-p", "profile", "smoke", "-p", "epochs", "1"]
     done = rsd("run", "02", *arguments, "-p", "processes", "2", cwd=project)
     assert done.returncode == 0, done.stderr[-2000:]
     (output,) = (project / "runs" / "smoke" / "notebooks").glob("02*.ipynb")

@@ -1,6 +1,7 @@
 """The loop: same seed, same curve; resumed is whole, killed anywhere; split anyhow; refusals."""
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -699,3 +701,16 @@ def test_labels_survive_packing():
     targets = np.ones((7, 3), np.float32)
     data = PairStore(inputs, targets, pack(labels), 13, rows, np.arange(0))
     assert np.array_equal(data.answers(rows)["labels"].numpy(), labels)
+
+
+def test_nothing_keeps_a_trained_model_alive(tmp_path):
+    """Of several large models trained one after the other, memory holds one."""
+    model = toy.model()
+    toy.train(model, tmp_path / "run", replace(toy.CONFIG, precision="bf16"))
+    kept = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -58,7 +58,7 @@ def extract(source, folder, pool=None, open=open_grid):
 
 def contents(folder):
     """Return the bytes of every shard and note by name."""
-    paths = [path for path in Path(folder).iterdir() if "index" not in path.name]
+    paths = [path for path in Path(folder).glob("[!.]*") if "index" not in path.name]
     return {path.name: path.read_bytes() for path in paths}
 
 

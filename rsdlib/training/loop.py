@@ -245,8 +245,10 @@ class _Loop:
         finally:
             for callback in self.callbacks:
                 callback.end(self)
-            # The model is left as it came.
+            # The model is left as it came; `forward` among its fields would keep it alive.
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            if vars(self.model).get("forward") == type(self.model).forward.__get__(self.model):
+                del self.model.forward
             self.model._compiled_call_impl = None
             for norm, kind in self.norms:
                 norm.__class__ = kind

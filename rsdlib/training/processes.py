@@ -55,16 +55,17 @@ def launch(folder, processes):
 
 
 def end_with_parent(every=2.0):
-    """End this process when the one that started the whole is gone, however that died."""
-    parent = int(os.environ.get(PARENT, "0"))
+    """End this process when torchrun, or the one that started the whole, is gone without a word."""
+    parents = [int(os.environ[PARENT])] if PARENT in os.environ else []
+    if torch.distributed.is_torchelastic_launched():
+        parents.append(os.getppid())
 
     def watch():
-        while psutil.pid_exists(parent):
+        while all(map(psutil.pid_exists, parents)):
             time.sleep(every)
         os._exit(1)
 
-    if parent:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- batches that meet ----------------------------------------------------------------------------
