@@ -146,8 +146,7 @@ def _execute(path, output, values, timeout):
         reason = f"{error.ename}: {error.evalue}".strip(": ").splitlines()[0].rstrip(".")
         message = f"{name} failed in cell {error.exec_count}: {reason}"
         code = getattr(getattr(errors, error.ename, None), "exit_code", 1)  # one of ours keeps it
-        fix = f"See {files.relative(output)}."
-        raise NotebookError(message, fix, exit_code=code) from error
+        raise NotebookError(message, f"See {files.relative(output)}.", exit_code=code) from error
     except DeadKernelError as error:
         fix = "Often memory: use a smaller batch_size. Run it again, it resumes."
         raise NotebookError(f"{name}: the kernel died", fix, exit_code=138) from error

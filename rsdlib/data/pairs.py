@@ -183,10 +183,9 @@ def _read_rows(table, parts):
     """Return the rows of a table that are about certain parts; the others never become Python's."""
     where = files.relative(table)
     with _reading(where), pyarrow.parquet.ParquetFile(table) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
-        empty = schema.empty_table().to_pandas()
+        empty, rows = file.schema_arrow.empty_table().to_pandas(), file.metadata.num_rows
     _column(empty, where, "part_id", _DIFFUSIONDB["part_id"])
-    columns = [name for name in schema.names if name not in _UNREAD]
+    columns = [name for name in empty if name not in _UNREAD]
     frame = _read_table(table, columns, [("part_id", "in", list(parts))])
     if len(frame) < rows:
         runtime.log(f"{rows - len(frame):,} of {rows:,} rows are left out: no part on disk")
