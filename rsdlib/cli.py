@@ -4,17 +4,17 @@ import ast
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+import pydantic
 import tyro
 
 from rsdlib import config, errors, files, runtime
 from rsdlib.config import did_you_mean
-from rsdlib.errors import ConfigError, NotebookError, RsdError
+from rsdlib.errors import ConfigError, NotebookError, RsdError, refusing
 
 # --- notebooks ------------------------------------------------------------------------------------
 
@@ -42,8 +42,7 @@ def find_notebook(name):
     raise ConfigError(f"there is no notebook {name!r}", did_you_mean(stem, known))
 
 
-_TYPES = {"int": int, "float": float, "bool": bool, "list": list, "None": type(None)}
-_WORDS = {"true": True, "false": False, "none": None}
+_TYPES = {"str": str, "int": int, "float": pydantic.FiniteFloat, "bool": bool, "list": list}
 
 
 def check_parameters(path, parameters):
@@ -65,37 +64,24 @@ def check_parameters(path, parameters):
         A name is unknown or a value of the wrong type.
     """
     import papermill
-    from nbformat import ValidationError
-    from nbformat.reader import NotJSONError
+    from nbformat import ValidationError, reader
 
-    try:
+    with refusing((reader.NotJSONError, ValidationError), ConfigError, f"{path} is not a notebook"):
         declared = papermill.inspect_notebook(str(path))
-    except (NotJSONError, ValidationError) as error:
-        raise ConfigError(f"{path} is not a notebook: {type(error).__name__}") from error
-    checked = {}
-    for name, text in parameters.items():
-        if name not in declared:
-            message = f"{Path(path).stem} has no parameter {name!r}"
-            raise ConfigError(message, did_you_mean(name, declared))
-        checked[name] = _parse(name, text, declared[name]["inferred_type_name"])
-    return checked
+    return {name: _parse(name, text, declared) for name, text in parameters.items()}
 
 
-def _parse(name, text, annotation):
-    wanted = re.findall(r"\w+", annotation.replace("Optional", "None"))
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = _WORDS.get(text.lower(), text)
-    kinds = [_TYPES[word] for word in wanted if word in _TYPES]
-    if float in kinds and type(value) is int:
-        return float(value)
-    if type(value) in kinds:
-        return value
-    if "str" in wanted:
-        return text
-    fix = f"Give a value such as -p {name} <{annotation}>."
-    raise ConfigError(f"{name} = {text!r} is not of type {annotation}", fix)
+def _parse(name, text, declared):
+    if name not in declared:
+        raise ConfigError(f"the notebook has no parameter {name!r}", did_you_mean(name, declared))
+    annotation = declared[name]["inferred_type_name"]
+    kind = annotation.removeprefix("Optional[").removesuffix("]")
+    if kind != annotation and text.lower() == "none":
+        return None
+    message = f"{name} = {text!r} is not of type {annotation}"
+    with refusing((ValueError, SyntaxError, KeyError), ConfigError, message):
+        value = ast.literal_eval(text) if kind == "list" else text
+        return pydantic.TypeAdapter(_TYPES[kind]).validate_python(value)
 
 
 def run_notebook(name, parameters, output=None, timeout=None):
@@ -131,11 +117,9 @@ def run_notebook(name, parameters, output=None, timeout=None):
     runtime.log(f"{path.stem}: running -> {files.relative(output)}")
     cells = _execute(path, output, values, timeout).cells
     code = [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
-    skipped = [cell for cell in code if cell.execution_count is None]
-    outputs = [out for cell in code for out in cell.outputs]
-    if skipped or any(out.get("ename") == "SystemExit" for out in outputs):
-        message = f"{path.stem} left before its end (sys.exit?): {len(skipped)} cells did not run"
-        raise NotebookError(message, f"See {files.relative(output)}.")
+    left = any(out.get("ename") == "SystemExit" for cell in code for out in cell.outputs)
+    if left or any(cell.execution_count is None for cell in code):
+        raise NotebookError(f"{path.stem} left before its end", f"See {files.relative(output)}.")
     return output
 
 
@@ -144,8 +128,7 @@ def _default_output(path, values):
 
     declared = papermill.inspect_notebook(str(path)).get("profile", {"default": "'mini'"})
     name = values.get("profile", ast.literal_eval(declared["default"]))
-    folder = files.root() / "runs" / config.profile(name).name / "notebooks"
-    return folder / f"{path.stem}.ipynb"
+    return files.root() / "runs" / config.profile(name).name / "notebooks" / f"{path.stem}.ipynb"
 
 
 def _execute(path, output, values, timeout):
@@ -163,8 +146,7 @@ def _execute(path, output, values, timeout):
         reason = f"{error.ename}: {error.evalue}".strip(": ").splitlines()[0].rstrip(".")
         message = f"{name} failed in cell {error.exec_count}: {reason}"
         code = getattr(getattr(errors, error.ename, None), "exit_code", 1)  # one of ours keeps it
-        fix = f"See {files.relative(output)}."
-        raise NotebookError(message, fix, exit_code=code) from error
+        raise NotebookError(message, f"See {files.relative(output)}.", exit_code=code) from error
     except DeadKernelError as error:
         fix = "Often memory: use a smaller batch_size. Run it again, it resumes."
         raise NotebookError(f"{name}: the kernel died", fix, exit_code=138) from error
@@ -172,25 +154,19 @@ def _execute(path, output, values, timeout):
         message = f"{name}: a cell took longer than {timeout} s"
         raise NotebookError(message, "Raise --timeout; a new run resumes.") from error
     except RuntimeError as error:  # what jupyter raises when a kernel does not come up
-        message = f"{name}: {str(error).splitlines()[0]}"
-        raise NotebookError(message, "Run it again when the machine is less busy.") from error
+        raise NotebookError(f"{name}: {str(error).splitlines()[0]}", "Run it again.") from error
 
 
 # --- commands -------------------------------------------------------------------------------------
 
-Parameters = Annotated[
-    tuple[tuple[str, str], ...], tyro.conf.arg(aliases=["-p"], metavar="NAME VALUE")
-]
+_PARAMETER = tyro.conf.arg(aliases=["-p"], metavar="NAME VALUE")
+Parameters = Annotated[tuple[tuple[str, str], ...], _PARAMETER]
 Size = Literal["smoke", "mini", "paper"]
 AnySize = Literal["smoke", "mini", "desk", "paper"]
 
 
 def run(
-    notebook: str,
-    /,
-    param: Parameters = (),
-    output: str | None = None,
-    timeout: int | None = None,
+    notebook: str, /, param: Parameters = (), output: str | None = None, timeout: int | None = None
 ):
     """Run one notebook headless: rsd run 01_train_vit -p epochs 3.
 
@@ -206,8 +182,7 @@ def run(
 
 
 def reproduce(
-    profile: Size = "mini",
-    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None,
+    profile: Size = "mini", from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
 ):
     """Run all notebooks one after the other; make reproduce runs them side by side.
 
@@ -289,32 +264,15 @@ def predict(
     if format == "csv":
         print(prediction.table(paths).to_csv(index=False), end="")
     elif format == "json":
-        print(json.dumps(_records(paths, prediction)))
+        print(json.dumps(prediction.records(paths)))
     else:
         print(f"model: {files.relative(folder)}")
-        for record in _records(paths, prediction):
+        for record in prediction.records(paths):
             _print_record(record)
 
 
-UNLIKE = (
-    "are unlike all that this model was trained on: do not trust what it reads in them. "
-    "Train on your kind of pictures: rsd run 01_train_vit -p profile desk -p source FOLDER"
-)
-
-
-def _records(paths, prediction):
-    columns = {
-        "image": [str(path) for path in paths],
-        "embedding": prediction.embeddings.tolist(),
-        "words": prediction.words,
-        "prompts": prediction.prompts,
-    }
-    if prediction.captions is not None:
-        columns["caption"] = prediction.captions
-    if prediction.distances is not None:
-        columns["in_domain"] = prediction.in_domain.tolist()
-        columns["distance"] = prediction.distances.round(3).tolist()
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+UNLIKE = "are unlike all that this model was trained on: do not trust what it reads in them. "
+UNLIKE += "Train on your kind of pictures: rsd run 01_train_vit -p profile desk -p source FOLDER"
 
 
 def _print_record(record):
@@ -376,8 +334,7 @@ def extract(
     backbones = backbones or (*chosen.readers, "blip")
     parts = data.find_parts(chosen.data.source)[rank::of]
     with data.executor(processes, dask) as pool:
-        made = experiment.extract(chosen, backbones, parts, pool, device)
-    fronts, images, bad = made
+        fronts, images, bad = experiment.extract(chosen, backbones, parts, pool, device)
     runtime.log(f"{len(parts)} parts, {images:,} images, {bad:,} bad: ready for {len(fronts)} uses")
     if local:
         os.environ["RSD_LOCAL"] = local
@@ -459,16 +416,15 @@ def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (),
         runtime.log(f"{name}: right: {right} files; no checksum known: {unknown}")
 
 
+_MODEL = "{:<52} {:<56} {:<12} {:<24} {:>8} {}".format
+
+
 def _print_models(here, specs):
-    rows = [("name", "hub or package", "revision", "licence", "size", "here")]
+    print(_MODEL("name", "hub or package", "revision", "licence", "size", "here"))
     for name, (where, _) in here.items():
         spec = specs[name]
-        size = f"{spec.size / 1e9:.2f} GB" if spec.size else "?"
-        source, revision = spec.hub or spec.package, (spec.revision or "-")[:12]
-        rows.append((name, source, revision, spec.licence, size, where))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+        size, revision = f"{spec.size / 1e9:.2f} GB", (spec.revision or "-")[:12]
+        print(_MODEL(name, spec.hub or spec.package, revision, spec.licence, size, where))
 
 
 def main(arguments=None):

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import functools
 import tomllib
-import typing
 from collections.abc import Mapping
 from dataclasses import field, replace
 from pathlib import Path
@@ -42,10 +41,9 @@ def settings(cls):
 
 def _refusal(cls, fault):
     name = str(fault["loc"][0]) if fault["loc"] else cls.__name__
-    known = [field for field in typing.get_type_hints(cls) if not field.startswith("_")]
     if fault["type"] == "unexpected_keyword_argument":
-        message = f"{cls.__name__} has no setting {name!r}"
-        return ConfigError(message, did_you_mean(name, known))
+        fix = did_you_mean(name, cls.__annotations__)
+        return ConfigError(f"{cls.__name__} has no setting {name!r}", fix)
     problem = fault["msg"][0].lower() + fault["msg"][1:]
     return ConfigError(f"{name} = {fault['input']!r} is refused: {problem}")
 

@@ -12,14 +12,16 @@ class RsdError(Exception):
     message : str
         What happened, to which item.
     fix : str, optional
-        What the user can do about it; appended to the message.
+        What the user can do about it; appended to the message. Some kinds have one of their own.
+    exit_code : int, optional
+        What the command line exits with, if not with that of the kind.
     """
 
-    exit_code = 3  # what the command line exits with: input refused
+    exit_code, fix = 3, None  # input refused
 
-    def __init__(self, message, fix=None):
-        super().__init__(f"{message}. {fix}" if fix else message)
-        self.fix = fix
+    def __init__(self, message, fix=None, exit_code=None):
+        self.fix, self.exit_code = fix or self.fix, exit_code or self.exit_code
+        super().__init__(f"{message}. {self.fix}" if self.fix else message)
 
 
 class ConfigError(RsdError):
@@ -45,9 +47,10 @@ class BadImageError(RsdError):
         Name of the image, the archive or folder that holds it, and what is wrong with it.
     """
 
+    fix = "Remove it, or read with on_bad='skip' to leave it out and count it."
+
     def __init__(self, id, part, reason):
-        fix = "Remove it, or read with on_bad='skip' to leave it out and count it."
-        super().__init__(f"image {id!r} in {part}: {reason}", fix)
+        super().__init__(f"image {id!r} in {part}: {reason}")
         self.id, self.part, self.reason = str(id), str(part), reason
 
     def __reduce__(self):  # a process pool sends errors home by their arguments
@@ -57,9 +60,13 @@ class BadImageError(RsdError):
 class BadArchiveError(RsdError):
     """A zip part is damaged, hostile, or disagrees with its table."""
 
+    fix = "Download it again."
+
 
 class BadTableError(RsdError):
     """A metadata table is damaged, lacks a column, or holds contradicting rows."""
+
+    fix = "Write or download it again."
 
 
 class BadValueError(RsdError, ValueError):
@@ -68,6 +75,8 @@ class BadValueError(RsdError, ValueError):
 
 class CacheError(RsdError):
     """A stored artefact is damaged or was made from something else."""
+
+    fix = "Delete it and run again."
 
 
 class CheckpointError(RsdError):
@@ -87,17 +96,9 @@ class RunBusyError(RsdError):
 
 
 class NotebookError(RsdError):
-    """A notebook did not run to its end.
+    """A notebook did not run to its end."""
 
-    Attributes
-    ----------
-    exit_code : int
-        What the command line exits with.
-    """
-
-    def __init__(self, message, fix=None, exit_code=1):
-        super().__init__(message, fix)
-        self.exit_code = exit_code
+    exit_code = 1
 
 
 # What an error says of a file. Libraries raise an `OSError` without a number where it is broken.

@@ -4,15 +4,15 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 import tokenize
+import uuid
 from pathlib import Path
 
 import numpy as np
 
 from rsdlib import runtime
-from rsdlib.errors import CacheError, ConfigError
+from rsdlib.errors import CacheError, ConfigError, refusing
 
 # --- places ---------------------------------------------------------------------------------------
 
@@ -35,9 +35,8 @@ def cache_dir():
 def resolve_path(path):
     """Return `path` as given if it exists from the working directory, else below the project."""
     path = Path(path).expanduser()
-    if path.is_absolute() or path.exists():
-        return Path(os.path.abspath(path))
-    return root() / path
+    here = path.is_absolute() or path.exists()
+    return Path(os.path.abspath(path)) if here else root() / path
 
 
 def relative(path):
@@ -74,14 +73,10 @@ def atomic_path(path):
     """Yield a temporary path beside `path`; on a clean exit it takes the place of `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{path.name[:80]}.{uuid.uuid4().hex}.tmp"
+    temporary.touch()
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes files private; these are shared
         _flush(temporary)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # some file systems cannot flush a folder
@@ -119,11 +114,8 @@ def write_json(path, value):
 
 def read_json(path):
     """Read a JSON file; a damaged one is a `CacheError` that names it."""
-    try:
+    with refusing((ValueError, OSError), CacheError, f"{relative(path)} cannot be read: {{}}"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        fix = "Delete it and run again."
-        raise CacheError(f"{relative(path)} cannot be read: {error}", fix) from error
 
 
 def write_parquet(path, frame):
@@ -135,9 +127,8 @@ def write_parquet(path, frame):
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-def _damaged(path, reason):
-    fix = "Delete it; it is made again on the next run."
-    return CacheError(f"{relative(path)} is damaged: {reason}", fix)
+def _refusing_damage(path, *causes):
+    return refusing((ValueError, *causes), CacheError, f"{relative(path)} is damaged: {{}}")
 
 
 def save_arrays(path, arrays, meta=None):
@@ -170,18 +161,15 @@ def load_arrays(path):
     """
     from safetensors import SafetensorError, safe_open
 
-    try:
+    if not Path(path).exists():
+        raise CacheError(f"there is no file {relative(path)}", "Run again what makes it.")
+    with _refusing_damage(path, SafetensorError, FileNotFoundError, KeyError, TypeError):
         with safe_open(path, "numpy") as file:
             header = json.loads(file.metadata()["rsdlib"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        meta, stated = header["meta"], header["sha256"]
-    except FileNotFoundError as error:
-        raise CacheError(f"there is no file {relative(path)}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
-    if checksum(arrays) != stated:
-        raise _damaged(path, "its bytes do not match its checksum")
-    return arrays, meta
+        if checksum(arrays) != header["sha256"]:
+            raise ValueError("its bytes do not match its checksum")
+        return arrays, header["meta"]
 
 
 _TRAILER = hashlib.sha256().digest_size  # bytes of the checksum behind the array in a rows file
@@ -228,18 +216,16 @@ def open_rows(path, *, verify=True):
         The machine refuses, for example because too many files are open: no damage.
     """
     path = Path(path)
-    try:
+    with _refusing_damage(path, SyntaxError, tokenize.TokenError):
         rows = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, SyntaxError, tokenize.TokenError) as error:
-        raise _damaged(path, error) from error
-    if path.stat().st_size != getattr(rows, "offset", 0) + rows.nbytes + _TRAILER:
-        raise _damaged(path, "its size is not that of its array")
-    if verify:
-        with path.open("rb") as stream:
-            stream.seek(-_TRAILER, os.SEEK_END)
-            if stream.read().hex() != checksum({"rows": rows}):
-                raise _damaged(path, "its bytes do not match its checksum")
-    return rows
+        if path.stat().st_size != getattr(rows, "offset", 0) + rows.nbytes + _TRAILER:
+            raise ValueError("its size is not that of its array")
+        if verify:
+            with path.open("rb") as stream:
+                stream.seek(-_TRAILER, os.SEEK_END)
+                if stream.read().hex() != checksum({"rows": rows}):
+                    raise ValueError("its bytes do not match its checksum")
+        return rows
 
 
 def cached_rows(path, make):

@@ -62,23 +62,31 @@ class Prediction:
         lines += [f"   nearest: {near[:90]}" for near, _ in self.prompts[i][:1]]
         return "\n".join(lines)
 
-    def table(self, images):
-        """Return a DataFrame to save: one row an image, no embeddings.
+    def records(self, images):
+        """Return what was read as dicts of plain values, one an image, with its embedding.
 
         Parameters
         ----------
         images : sequence of str (n)
             Names of the images.
         """
-        nearest = [prompts[0] if prompts else ("", np.nan) for prompts in self.prompts]
-        columns = {
-            "image": list(map(str, images)),
-            "caption": self.captions,
-            "words": ["; ".join(f"{word} {p:.3f}" for word, p in words) for words in self.words],
-            **pd.DataFrame(nearest, columns=["nearest_prompt", "similarity"]),
-            "in_domain": self.in_domain,
-        }
-        return pd.DataFrame({name: c for name, c in columns.items() if c is not None})
+        columns = {"image": list(map(str, images)), "embedding": self.embeddings.tolist()}
+        columns |= {"caption": self.captions, "words": self.words, "prompts": self.prompts}
+        if self.distances is not None:
+            columns["in_domain"] = self.in_domain.tolist()
+            columns["distance"] = self.distances.round(3).tolist()
+        columns = {name: values for name, values in columns.items() if values is not None}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def table(self, images):
+        """Return a DataFrame to save: one row an image, no embeddings; see `records`."""
+        rows, hidden = [], ["embedding", "prompts", "distance"]
+        for record in self.records(images):
+            said = "; ".join(f"{word} {share:.3f}" for word, share in record["words"])
+            nearest, similarity = record["prompts"][0] if record["prompts"] else ("", np.nan)
+            seen = {"words": said, "nearest_prompt": nearest, "similarity": similarity}
+            rows.append(record | seen)
+        return pd.DataFrame(rows).drop(columns=hidden, errors="ignore")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsdlib.errors import ConfigError, DeviceError, MissingPackageError
+from rsdlib.errors import ConfigError, DeviceError, MissingPackageError, refusing
 
 # --- device, precision, seeds ---------------------------------------------------------------------
 
@@ -25,14 +25,11 @@ def device(name="auto"):
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with refusing(RuntimeError, DeviceError, f"{name!r} is not a device", "Use 'auto' or 'cpu'."):
         chosen = torch.device(name)
-    except RuntimeError as error:
-        raise DeviceError(f"{name!r} is not a device", "Use 'auto', 'cpu' or 'cuda'.") from error
     count = {"cpu": 1, "cuda": gpus(), "mps": torch.backends.mps.is_available()}
     if (chosen.index or 0) >= count.get(chosen.type, 0):
-        fix = "Use device='auto' or 'cpu'."
-        raise DeviceError(f"device {name!r} was asked for, but there is none here", fix)
+        raise DeviceError(f"device {name!r} was asked for, but there is none here", "Use 'auto'.")
     return chosen
 
 
@@ -137,12 +134,10 @@ def track(iterable, description, total=None, every=5.0):
 
 def require(module, package=None):
     """Import an optional module, or say in one line how to install it."""
-    try:
+    package = package or module.split(".")[0].replace("_", "-")
+    texts = f"the package {package} is not installed", f"Install it with: pip install {package}"
+    with refusing(ImportError, MissingPackageError, *texts):
         return importlib.import_module(module)
-    except ImportError as error:
-        package = package or module.split(".")[0].replace("_", "-")
-        message = f"the package {package} is not installed"
-        raise MissingPackageError(message, f"Install it with: pip install {package}") from error
 
 
 _PACKAGES = "torch torchvision timm accelerate transformers numpy pandas scikit-learn pillow"
@@ -152,21 +147,15 @@ def environment():
     """Return what a reader needs to judge or repeat a run: versions, code, threads, machine."""
     import torch
 
-    versions = {}
-    for name in _PACKAGES.split():
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     folder = str(Path(__file__).parent)
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        sha = found.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        sha = "unknown"
+    found = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
     return {
-        "git": sha,
+        "git": found.strip() or "unknown",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: metadata.version(name) for name in _PACKAGES.split()},
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

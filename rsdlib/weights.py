@@ -84,7 +84,7 @@ def locate(name, *, check=True):
     folder = whereabouts(name)[1] or _fetched(name)
     registered = MODELS[name].sha256 if check else {}
     require_files(folder, registered)
-    _refuse(name, [file for file, known in registered.items() if _hashed(folder / file) != known])
+    _refuse(name, [file for file, known in registered.items() if sha256(folder / file) != known])
     return folder
 
 
@@ -263,8 +263,7 @@ def require_files(folder, names):
     """Refuse a model's folder that lacks one of its files."""
     for name in names:
         if not (folder / name).is_file():
-            message = f"{name} is missing in {files.relative(folder)}"
-            raise ModelNotFoundError(message, "Fetch the model's files again.")
+            raise ModelNotFoundError(f"{files.relative(folder)} lacks {name}", "Fetch it again.")
 
 
 def _refuse(name, wrong):
@@ -274,18 +273,13 @@ def _refuse(name, wrong):
         raise CheckpointError(message, "It is damaged or another model: fetch it again.")
 
 
-def _hashed(path):
-    """Return a file's SHA-256, computed once per process and state of the file."""
+def sha256(path):
+    """Return the SHA-256 of a file's bytes, computed once per process and state of the file."""
     stat = path.stat()
-    return _known(path, stat.st_size, stat.st_mtime_ns)
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
-def _known(path, size, modified):
-    return sha256(path)
-
-
-def sha256(path):
-    """Return the SHA-256 of a file's bytes in hexadecimal digits."""
+def _sha256(path, size, modified):
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

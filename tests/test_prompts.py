@@ -446,7 +446,7 @@ def test_embed_equals_sentence_transformers():
 
     peer = SentenceTransformer(str(weights.locate(NAME)), device="cpu")
     texts = [*similar_prompts(40, np.random.default_rng(4)), *ODD.values(), ""]
-    read = [cleaning.without_surrogates(text) for text in texts]
+    read = [cleaning.valid_text(text) for text in texts]
     wanted = peer.encode(read, batch_size=7)
     found = data.embed(texts)
     assert (found.dtype, found.shape) == (np.float32, (len(texts), 384))

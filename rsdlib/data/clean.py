@@ -46,7 +46,7 @@ def _words_alone(text):
     return " ".join(_find_words(text))
 
 
-def without_surrogates(text):
+def valid_text(text):
     """Join surrogate pairs, drop lone halves: they are no characters, and no file takes them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
@@ -58,7 +58,7 @@ def tidy(prompt):
     """
     if prompt.isprintable():  # no mark, no control, no surrogate
         return " ".join(prompt.split())
-    return " ".join(_drop_marks("", without_surrogates(prompt)).split())
+    return " ".join(_drop_marks("", valid_text(prompt)).split())
 
 
 def normalise(prompt):
@@ -70,7 +70,7 @@ def normalise(prompt):
     """
     if prompt.isascii() and prompt.isprintable():
         return " ".join(prompt.lower().split())
-    text = unicodedata.normalize("NFKC", _drop_ignorable("", without_surrogates(prompt)))
+    text = unicodedata.normalize("NFKC", _drop_ignorable("", valid_text(prompt)))
     return " ".join(unicodedata.normalize("NFKC", text.casefold()).split())
 
 

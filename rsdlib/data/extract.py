@@ -206,7 +206,8 @@ def executor(processes=0, dask=""):
         With one, or none, parts are read one after the other, in threads.
     dask : str
         Address of a scheduler whose workers see the same files, or ``local:4`` for four workers
-        here. A part whose worker is lost is given to another.
+        here. A part whose worker is lost is given to another. Of several GPUs a worker takes the
+        first that it sees: start it with ``CUDA_VISIBLE_DEVICES``, as dask-cuda does.
 
     Yields
     ------

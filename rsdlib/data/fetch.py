@@ -79,8 +79,7 @@ def fetch_diffusiondb(folder, parts, *, large=False):
     """
     folder, wanted = files.resolve_path(folder), _wanted(parts, large)
     if any((folder / name).exists() for name in _TABLES.values() if name not in wanted):
-        message = f"{files.relative(folder)} holds the other DiffusionDB"
-        raise ConfigError(message, "Its parts have the same names: use another folder.")
+        raise ConfigError(f"{files.relative(folder)} holds the other DiffusionDB", "Use another.")
     with weights.naming_faults(FetchError, f"DiffusionDB is not fetched to {folder}"):
         record = _read_record(folder)
         missing = [name for name in wanted if not _is_here(folder / name, record.get(name))]
@@ -119,15 +118,13 @@ def check_diffusiondb(folder):
     record = _read_record(folder)
     zips = {path.relative_to(folder).as_posix() for path in folder.glob("images/part-*.zip")}
     if not zips | record.keys():
-        fix = "Fetch it first: rsd data fetch diffusiondb."
-        raise FetchError(f"nothing of DiffusionDB is in {files.relative(folder)}", fix)
+        raise FetchError(f"nothing of DiffusionDB is in {files.relative(folder)}", "Fetch it.")
     names = runtime.track(sorted(zips | record.keys()), "checking")
     with weights.naming_faults(FetchError, f"{files.relative(folder)} cannot be checked"):
         faults = {name: _fault(folder / name, record.get(name)) for name in names}
     bad = [f"{name} {fault}" for name, fault in faults.items() if fault]
     if bad:
-        fix = "Fetch again: what is damaged or missing comes anew."
-        raise FetchError(f"in {files.relative(folder)}, {', '.join(bad)}", fix)
+        raise FetchError(f"in {files.relative(folder)}, {', '.join(bad)}", "Fetch them again.")
     return len(record), len(zips - record.keys())
 
 
@@ -144,8 +141,7 @@ def _wanted(parts, large):
 def _alone(folder):
     """Hold a folder for this process, and clear away what killed ones left in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    message = f"another process fetches into {files.relative(folder)}"
-    with refusing(filelock.Timeout, RunBusyError, message, "Wait for it."):
+    with refusing(filelock.Timeout, RunBusyError, f"another process fetches into {folder}"):
         held = filelock.FileLock(folder / f"{_WORK}.lock", timeout=0).acquire()
     with held:
         for place in (folder, folder / "images"):
@@ -178,8 +174,7 @@ def _ask_hub(wanted):
                 told[names[info.path]] = entry | {"sha256": info.lfs.sha256}
     for path in sorted(names.keys() - {wanted[name] for name in told}):
         where = f"{_HUB['repo_id']} at {_HUB['revision'][:12]}"
-        fix = "It was moved, or the mirror in HF_ENDPOINT lacks it."
-        raise FetchError(f"{where} has no {path}, or no checksum of it", fix)
+        raise FetchError(f"{where} has no {path}, or no checksum of it", "A mirror may lack it.")
     return told
 
 
@@ -201,14 +196,14 @@ def _describe(paths):
 
 def _say_sizes(folder, told, wanted, missing):
     """Log what is here and what is to come; refuse what the disk cannot hold."""
-    total = sum(told[name]["size"] for name in wanted)
-    coming = sum(told[name]["size"] for name in missing)
+    total = sum(told[name]["size"] for name in wanted) / 1e9
+    coming = sum(told[name]["size"] for name in missing) / 1e9
     place = folder / "images" if (folder / "images").exists() else folder  # may be a link
-    free = shutil.disk_usage(place).free
-    sizes = f"{total / 1e9:.1f} GB ({(total - coming) / 1e9:.1f} GB here already)"
-    runtime.log(f"{len(wanted)} files, {sizes}; {free / 1e9:.1f} GB free")
+    free = shutil.disk_usage(place).free / 1e9
+    sizes = f"{total:.1f} GB ({total - coming:.1f} GB here already); {free:.1f} GB free"
+    runtime.log(f"{len(wanted)} files, {sizes}")
     if coming > free:
-        message = f"{coming / 1e9:.1f} GB are to come, {free / 1e9:.1f} GB are free in {place}"
+        message = f"{coming:.1f} GB are to come, {free:.1f} GB are free in {place}"
         raise FetchError(message, "Free some space, fetch fewer parts, or use another folder.")
 
 
@@ -238,10 +233,8 @@ def _fault(path, entry):
     if entry is not None and not _is_here(path, entry, hashed=True):
         path.replace(f"{path}.damaged")
         return "had other bytes than were fetched"
-    if path.suffix == ".zip":
-        try:
-            with open_part(path):
-                return None
-        except BadArchiveError as error:
-            return f"is refused ({error})"
-    return None
+    try:
+        with open_part(path) if path.suffix == ".zip" else contextlib.nullcontext():
+            return None
+    except BadArchiveError as error:
+        return f"is refused ({error})"

@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rsdlib import files
-from rsdlib.data.parts import BROKEN_DATA, open_part
+from rsdlib.data.parts import BROKEN, open_part
 from rsdlib.errors import BadImageError, ConfigError, refusing
 
 MAX_PIXELS = 16_000_000  # of one image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # What Pillow is known to raise on broken files: the list of its own fuzz tests, and what ours met.
-_BROKEN_IMAGE = (*BROKEN_DATA, OSError, SyntaxError, TypeError, OverflowError)
+_BROKEN_IMAGE = (*BROKEN, SyntaxError, OverflowError)
 _BROKEN_IMAGE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -42,10 +42,8 @@ def open_image(locator):
     BadArchiveError
         The archive that holds it is damaged or hostile.
     """
-    archived = _archived(str(locator))
-    path = files.resolve_path(archived[1] if archived else locator)
-    name = archived[2] if archived else path.name
-    with open_part(path if archived else path.parent) as part:
+    place, name = split_locator(locator)
+    with open_part(files.resolve_path(place)) as part:
         return decode_image(part.read(name), name, part.where)
 
 
@@ -155,11 +153,9 @@ def find_images(path):
         There is no such file, or no image in the folder.
     """
     path = Path(path)
-    if not path.exists():
-        raise ConfigError(f"there is no file {path}")
-    if not path.is_dir():
+    if path.is_file():
         return [path]
     paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ConfigError(f"there are no images in {path}")
+        raise ConfigError(f"there is no file {path}, nor an image below it")
     return paths

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import zlib
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pyarrow.parquet
 
 from rsdlib import files, runtime
 from rsdlib.data.clean import tidy
-from rsdlib.data.parts import open_part
+from rsdlib.data.parts import BROKEN, open_part
 from rsdlib.errors import BadArchiveError, BadImageError, BadTableError, ConfigError, refusing
 
 # --- all layouts ----------------------------------------------------------------------------------
@@ -90,8 +89,7 @@ def load_pairs(source, *, limit=None):
 
 def _read_folder(source, limit):
     if not source.is_dir():
-        message = f"there is no folder {files.relative(source)}"
-        raise BadTableError(message, "Check the path, or fetch the data first.")
+        raise BadTableError(f"there is no folder {files.relative(source)}", "Fetch the data first.")
     table = next((source / name for name in _TABLES if (source / name).is_file()), None)
     if table and table.suffix != ".parquet":
         frame = _read_plain(source, table)
@@ -184,12 +182,10 @@ def _find_parts(source, large):
 def _read_rows(table, parts):
     """Return the rows of a table that are about certain parts; the others never become Python's."""
     where = files.relative(table)
-    broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
-    with broken, pyarrow.parquet.ParquetFile(table) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
-        empty = schema.empty_table().to_pandas()
+    with _reading(where), pyarrow.parquet.ParquetFile(table) as file:
+        empty, rows = file.schema_arrow.empty_table().to_pandas(), file.metadata.num_rows
     _column(empty, where, "part_id", _DIFFUSIONDB["part_id"])
-    columns = [name for name in schema.names if name not in _UNREAD]
+    columns = [name for name in empty if name not in _UNREAD]
     frame = _read_table(table, columns, [("part_id", "in", list(parts))])
     if len(frame) < rows:
         runtime.log(f"{rows - len(frame):,} of {rows:,} rows are left out: no part on disk")
@@ -208,13 +204,12 @@ def _hold(number, path, where, unlisted, prompts=None):
             raise BadTableError(f"{part.where} has no {own}", "Add it, or a table.")
         listed = _read_json(part, own) if own in names else {}
     if not all(isinstance(row, dict) for row in listed.values()):
-        raise BadTableError(f"{own} of {part.where} cannot be read: a row is no object", _FIX)
+        raise BadTableError(f"{own} of {part.where} cannot be read: a row is no object")
     if prompts is None:
         prompts = {name: row.get("p") for name, row in listed.items()}
         rows = [row | {"image_name": name, "part_id": number} for name, row in listed.items()]
     for name in sorted((prompts.keys() | listed) - names):
-        message = f"image {name!r} is listed for {part.where} but is not in it"
-        raise BadArchiveError(message, "Download this part again.")
+        raise BadArchiveError(f"image {name!r} is listed for {part.where} but is not in it")
     for name in prompts.keys() & listed:
         prompt = None if pd.isna(prompts[name]) else prompts[name]
         if listed[name].get("p") != prompt:
@@ -226,8 +221,7 @@ def _hold(number, path, where, unlisted, prompts=None):
 
 def _read_json(part, name):
     """Return the JSON object in a member."""
-    message = f"{name} of {part.where} cannot be read: {{}}"
-    with refusing((BadImageError, *_BROKEN), BadTableError, message, _FIX):
+    with _reading(f"{name} of {part.where}"):
         value = json.loads(part.read(name), object_pairs_hook=_json_object)
         if not isinstance(value, dict):
             raise ValueError("it is no object")
@@ -321,8 +315,7 @@ def load_prompts(path):
         prompts = _column(_read_table(table, columns), where, "prompt", _PROMPT).dropna()
     else:
         opener = gzip.open if table.suffix == ".gz" else open
-        broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
-        with broken, opener(table, "rt", encoding="utf-8-sig") as stream:
+        with _reading(where), opener(table, "rt", encoding="utf-8-sig") as stream:
             prompts = stream.readlines()
     prompts = list(filter(None, dict.fromkeys(map(tidy, prompts))))
     if not prompts:
@@ -333,15 +326,15 @@ def load_prompts(path):
 # --- tables ---------------------------------------------------------------------------------------
 
 _NUMBERS = ("part_id", "seed", "step", "cfg", "width", "height", "image_nsfw", "prompt_nsfw")
-_BROKEN = (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error)
-_BROKEN = (*_BROKEN, pyarrow.ArrowException)
-_FIX = "Write or download it again."
+
+
+def _reading(where):
+    """Refuse a table that cannot be read."""
+    return refusing((BadImageError, *BROKEN), BadTableError, f"{where} cannot be read: {{}}")
 
 
 def _read_table(path, columns=None, filters=None):
-    where = files.relative(path)
-    broken = refusing(_BROKEN, BadTableError, f"{where} cannot be read: {{}}", _FIX)
-    with broken, path.open("rb") as stream:
+    with _reading(files.relative(path)), path.open("rb") as stream:
         if path.suffix == ".parquet":
             return pd.read_parquet(stream, columns=columns, filters=filters)
         if path.suffix == ".csv":  # None, null and NA stay words
@@ -356,13 +349,12 @@ def _read_table(path, columns=None, filters=None):
 def _checked(frame, where, wanted):
     """Bring a table to our column names; check its types and that no id repeats."""
     if not frame.columns.is_unique:
-        raise BadTableError(f"a column of {where} has the name of another", _FIX)
+        raise BadTableError(f"a column of {where} has the name of another")
     columns = {column: _column(frame, where, column, names) for column, names in wanted.items()}
     used = {values.name for values in columns.values()} | {"id", "prompt", "image"}
     frame = pd.concat([pd.DataFrame(columns), frame.drop(columns=used, errors="ignore")], axis=1)
     for column in frame.columns.intersection(_NUMBERS):
-        message = f"column {column!r} of {where} does not hold numbers: {{}}"
-        with refusing(_BROKEN, BadTableError, message, _FIX):
+        with refusing(BROKEN, BadTableError, f"column {column!r} of {where} is no numbers: {{}}"):
             frame[column] = pd.to_numeric(frame[column])
     repeated = frame["id"][frame["id"].duplicated()]
     if len(repeated):
@@ -388,5 +380,5 @@ def _column(frame, where, column, names):
         text = isinstance(values.dtype, pd.StringDtype) and not values.hasnans
         kind, fits = "text", text or all(isinstance(value, str) for value in values)
     if not fits:
-        raise BadTableError(f"column {name!r} of {where} does not hold {kind} throughout", _FIX)
+        raise BadTableError(f"column {name!r} of {where} does not hold {kind} throughout")
     return frame[name]

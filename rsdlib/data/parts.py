@@ -30,8 +30,9 @@ MAX_GROUP = 4 * 2**30  # bytes of a row group, unpacked: as much is in memory
 # Not a plain relative path by the rules of either POSIX or Windows: empty, absolute, drive,
 # backslash, NUL, or climbing.
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|//|(^|/)\.{1,2}(/|$)")
-BROKEN_DATA = (EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
-BROKEN_DATA += (tarfile.TarError, pyarrow.ArrowException, IndexError)
+# What libraries raise on broken data.
+BROKEN = (OSError, EOFError, IndexError, RuntimeError, TypeError, ValueError, struct.error)
+BROKEN += (pyarrow.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def open_part(path):
     opener, kind = _KINDS[path.suffix]
     message = f"{where} cannot be opened as a {path.suffix[1:]}: {{}}"
     with contextlib.ExitStack() as stack:
-        with refusing((*BROKEN_DATA, OSError), BadArchiveError, message, "Download it again."):
+        with refusing(BROKEN, BadArchiveError, message):
             part = kind(stack.enter_context(opener(path)), where)
         yield part
 
@@ -66,8 +67,7 @@ class _Part:
 
     def read(self, name):
         """Return the member's bytes."""
-        broken = (*BROKEN_DATA, OSError)
-        with refusing(broken, BadImageError, name, self.where, "it cannot be read ({})"):
+        with refusing(BROKEN, BadImageError, name, self.where, "it cannot be read ({})"):
             content = self._read(name)
         if content is None:
             raise BadImageError(name, self.where, "there is no such file or member")
@@ -113,9 +113,9 @@ class _Archive(_Part):
         """Return the names of the members that are files."""
         return {name for name, member in self._members.items() if member}
 
-
-_TOO_LARGE = f"it unpacks to more than {MAX_BYTES:,} bytes"
-_TOO_DENSE = f"it unpacks to more than {MAX_RATIO} times its size"
+    def _read(self, name):
+        member = self._members.get(name)
+        return member and self._content(member)
 
 
 class _Zip(_Archive):
@@ -128,8 +128,8 @@ class _Zip(_Archive):
                 "its entry points outside the file": member.header_offset < 0,
                 "it is encrypted": member.flag_bits & 0x1,
                 "it is neither stored nor deflated": method not in (0, 8),
-                _TOO_LARGE: size > MAX_BYTES,
-                _TOO_DENSE: size > max(2**20, MAX_RATIO * member.compress_size),
+                "it unpacks to too many bytes": size > MAX_BYTES,
+                "it is packed too well": size > max(2**20, MAX_RATIO * member.compress_size),
             }
             # `filename` is cut at a NUL, its separators are replaced.
             yield member.orig_filename, refusals, None if member.is_dir() else member
@@ -138,10 +138,7 @@ class _Zip(_Archive):
         """Return the member's CRC-32 as the zip's directory states it, None without a member."""
         return self._members[name].CRC if self._members.get(name) else None
 
-    def _read(self, name):
-        member = self._members.get(name)
-        if member is None:
-            return None
+    def _content(self, member):
         with self._archive.open(member) as stream:
             content = stream.read(member.file_size + 1)  # inflates no more than it is asked for
         if len(content) != member.file_size:
@@ -155,7 +152,7 @@ class _Tar(_Archive):
             file = member.isreg() and not member.issparse()
             refusals = {
                 "it is a link or a special file": not (file or member.isdir()),
-                _TOO_LARGE: not 0 <= member.size <= MAX_BYTES,
+                "it unpacks to too many bytes": not 0 <= member.size <= MAX_BYTES,
             }
             yield member.name, refusals, member if file else None
         self._archive.fileobj.seek(self._archive.offset)
@@ -163,10 +160,9 @@ class _Tar(_Archive):
         if not end or end.strip(b"\0"):  # `tarfile` takes a damaged header for the end
             raise ValueError("it is damaged, or cut short")
 
-    def _read(self, name):
-        member = self._members.get(name)
+    def _content(self, member):
         with self._lock:
-            return member and self._archive.extractfile(member).read()
+            return self._archive.extractfile(member).read()
 
 
 class _Header(tarfile.TarInfo):

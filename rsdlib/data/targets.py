@@ -4,7 +4,8 @@ import contextlib
 import functools
 import heapq
 import re
-from collections import Counter
+import tomllib
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,26 +13,12 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import files, runtime, weights
-from rsdlib.data.clean import (
-    check_texts,
-    find_words,
-    normalise,
-    prompt_key,
-    without_surrogates,
-    word_sets,
-)
+from rsdlib.data.clean import check_texts, find_words, normalise, prompt_key, valid_text, word_sets
 from rsdlib.errors import BadValueError, CacheError, CheckpointError, ConfigError, refusing
 
 # --- vocabulary -----------------------------------------------------------------------------------
 
-# Function words that the tagger takes for nouns, adjectives or verbs. Short on purpose: the usual
-# lists drop "fire" and "front".
-_STOP_WORDS = """be am is are was were been being have has had having do does did doing done can
-could will would shall should may might must it its he she they them him her his their you your my
-me we us our this that these those who whom which what there here such other another same own much
-many more most few less least several very too also just only even so not no nor as at by for from
-in into of off on onto out over per than then to up upon via with within without etc ie eg ll ve re
-don doesn didn isn aren wasn won"""
+_WORDS = tomllib.loads((Path(__file__).parent / "words.toml").read_text(encoding="utf-8"))
 _TAGGED = 50_000  # distinct prompts
 _words_and_signs = re.compile(r"\w+|[^\w\s]").findall
 
@@ -80,7 +67,7 @@ class Vocabulary:
         for (word, label), count in tagged.items():
             votes[word] += count if label.startswith(("NN", "JJ", "VB")) else -count
         words = {word for word in frequency if len(word) > 1 and word.isalpha() and votes[word] > 0}
-        words -= set(find_words(_STOP_WORDS))
+        words -= set(find_words(_WORDS["stop"]))
         return cls(tuple(sorted(words, key=lambda word: (-frequency[word], word))[:size]))
 
     def encode(self, prompts):
@@ -96,18 +83,16 @@ class Vocabulary:
         -------
         ndarray of bool, (n, m)
         """
-        entries = [find_words(normalise(word)) for word in self.words]
-        names = [(column, f" {' '.join(e)} ") for column, e in enumerate(entries) if len(e) > 1]
-        columns = {}
-        for number, entry in enumerate(entries):
-            if len(entry) == 1:
-                columns.setdefault(entry[0], []).append(number)
-        labels = np.zeros((len(prompts), len(entries)), dtype=bool)  # (n, m)
+        columns = defaultdict(list)  # a word, or some with spaces between them -> where it stands
+        for column, word in enumerate(self.words):
+            columns[" ".join(find_words(normalise(word)))].append(column)
+        names = [f" {name} " for name in columns if " " in name]
+        labels = np.zeros((len(prompts), len(self.words)), dtype=bool)  # (n, m)
         for row, prompt in zip(labels, check_texts(prompts), strict=True):
             found = find_words(normalise(prompt))
-            row[[column for word in found for column in columns.get(word, ())]] = True
             text = f" {' '.join(found)} "
-            row[[column for column, name in names if name in text]] = True
+            found += [name.strip() for name in names if name in text]
+            row[[column for entry in found for column in columns.get(entry, ())]] = True
         return labels
 
     @property
@@ -127,8 +112,7 @@ class Vocabulary:
             vocabulary = cls(tuple(stored["words"]))
             if vocabulary.digest == stored["digest"]:
                 return vocabulary
-        message = f"{files.relative(path)} is not a vocabulary, or was altered"
-        raise CacheError(message, "Delete it and run again.")
+        raise CacheError(f"{files.relative(path)} is not a vocabulary, or was altered")
 
 
 # --- embeddings -----------------------------------------------------------------------------------
@@ -164,7 +148,7 @@ def embed(prompts, *, precision="float32", device="cpu", model=None):
     ModelNotFoundError, CheckpointError
         The weights are not there, or are not what they should be.
     """
-    prompts = [without_surrogates(prompt) for prompt in check_texts(prompts)]
+    prompts = [valid_text(prompt) for prompt in check_texts(prompts)]
     encoder = _encoder(_folder(model), precision, str(runtime.device(device)))
     numbers, distinct = pd.factorize(np.array(prompts, dtype=object))
     how = {"batch_size": 32, "show_progress_bar": False, "convert_to_tensor": True}
