@@ -174,7 +174,7 @@ def test_features_are_computed_once_for_all_runs_of_a_front(source, folders, mon
     calls, original = [], stores.Forward.__call__
 
     def counted(self, inputs):
-        if isinstance(self.model, models.Latents):  # the front
+        if isinstance(self.model, models.unet.Latents):  # the front
             calls.append(len(inputs))
         return original(self, inputs)
 
