@@ -473,5 +473,5 @@ def test_override_folder_comes_first_and_its_bytes_are_checked(tmp_path, monkeyp
     with pytest.raises(CheckpointError, match=r"other bytes .*: model\.safetensors"):
         weights.locate("all-MiniLM-L6-v2")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelNotFoundError, match=r"model\.safetensors is missing"):
+    with pytest.raises(ModelNotFoundError, match=r"lacks model\.safetensors"):
         weights.locate("all-MiniLM-L6-v2")

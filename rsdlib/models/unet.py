@@ -4,6 +4,7 @@ The paper's white-box backbone (supplementary, section 8) and its U-Net swap (se
 """
 
 import copy
+import weakref
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -230,28 +231,44 @@ def open_encoder(config, pretrained=True):
     -------
     UNetEncoder
     """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler, UNet2DConditionModel
 
     options, folder = as_dict(config.options), pipeline_folder(config.model)
     captioner, noised = options.pop("captioner", None), options.pop("noised", False)
     fix = "It needs unet, vae, text_encoder, tokenizer and scheduler in diffusers' format."
     with no_model(f"{files.relative(folder)} is no Stable Diffusion folder: {{}}", fix):
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
         sampler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         if pretrained:
             unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         else:
             told = UNet2DConditionModel.load_config(folder, subfolder="unet")
             unet = UNet2DConditionModel.from_config(told, **({} if config.pretrained else options))
-        texts = Texts(folder)
-        context = texts.states(texts.tokens([""]))[0]
+        front = _open_front(folder, captioner)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    size = config.image_size or unet.config.sample_size * 2 ** len(vae.config.down_block_types[1:])
-    front = Latents(vae)
-    if captioner is not None:
-        front = CaptionedLatents(front, open_captioner(captioner), texts)
-    return UNetEncoder(unet, context, front, size, sampler, noised)
+    size = config.image_size or unet.config.sample_size * front.factor
+    return UNetEncoder(unet, front.empty, front, size, sampler, noised)
+
+
+_FRONTS = weakref.WeakValueDictionary()  # those in use: encoders side by side share one
+
+
+def _open_front(folder, captioner):
+    """Return the frozen front, with the empty prompt's states and the pixels behind a latent."""
+    from diffusers import AutoencoderKL
+
+    stamps = [path.stat().st_mtime_ns for path in sorted(folder.rglob("*.safetensors"))]
+    key = str(folder), captioner, *stamps
+    front = _FRONTS.get(key)
+    if front is None:
+        vae, texts = AutoencoderKL.from_pretrained(folder, subfolder="vae"), Texts(folder)
+        front = Latents(vae)
+        if captioner is not None:
+            front = CaptionedLatents(front, open_captioner(captioner), texts)
+        front.empty = texts.states(texts.tokens([""]))[0]
+        front.factor = 2 ** len(vae.config.down_block_types[1:])
+        _FRONTS[key] = front
+    return front
 
 
 def text_states(folder, prompts):
