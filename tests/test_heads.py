@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rsdlib.errors import ConfigError
-from rsdlib.models import HEADS, JointObjective, PromptRegressor, joint_loss
+from rsdlib.models import HEADS, JointObjective, PromptRegressor, joint_loss, ridge
 
 torch.manual_seed(0)
 target = F.normalize(torch.randn(6, 12), dim=1)
@@ -117,3 +117,11 @@ def test_probed_head_is_the_ridge_regression(head):
     regressor.probe(features, linear, shrink=1e9)
     mean = F.normalize(linear.mean(dim=0), dim=0).expand_as(linear)
     torch.testing.assert_close(regressor(features)[0], mean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strengths", [None, (1.0,)])
+@pytest.mark.parametrize("features", [3, 30])
+def test_features_that_are_all_the_same_predict_the_mean(strengths, features):
+    known = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    weight, bias = ridge([torch.full((8, features), 0.1)], known, strengths)
+    assert torch.allclose(bias + weight.sum(1) * 0.1, known.double().mean(dim=0))

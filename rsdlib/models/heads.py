@@ -200,6 +200,7 @@ def ridge(blocks, target, strengths=None, shrink=0.01):
         parts = zip(X.split([block.shape[1] for block in blocks], dim=1), strengths, strict=True)
         penalties = [(part.square().mean(dim=0).sum() / s).expand_as(part[0]) for part, s in parts]
         penalty = torch.cat(penalties)
+    penalty = penalty.clamp(min=1e-9)  # features that are all the same tell nothing
     if len(X) < X.shape[1]:  # the smaller of two equal systems
         scaled = X / penalty
         weight = (scaled.T @ torch.linalg.solve(scaled @ X.T + torch.eye(len(X)).to(X), Y)).T
