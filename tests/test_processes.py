@@ -95,7 +95,7 @@ def test_a_failure_says_what_the_processes_said(tmp_path):
 
 @pytest.mark.slow
 def test_killed_processes_are_taken_up_by_two_and_by_one(prepared):
-    expected, _ = by_one_and_by_two(prepared, epochs=4)
+    expected, _ = by_one_and_by_two(prepared, epochs=4, save_every=1)
     folder = expected.folder
     for processes in (2, 1):
         shutil.rmtree(folder)
@@ -112,7 +112,8 @@ def test_killed_processes_are_taken_up_by_two_and_by_one(prepared):
             time.sleep(0.1)
         assert not training.is_finished(folder)
         assert_same(
-            expected, training.load_run(trial(prepared, epochs=4, processes=processes).run())
+            expected,
+            training.load_run(trial(prepared, epochs=4, processes=processes, save_every=1).run()),
         )
 
 
