@@ -179,7 +179,7 @@ def test_resize_is_the_centre_square_bicubic():
     image = broken.photo(64, 64)
     assert (data.resize(image, 64) == np.asarray(image).transpose(2, 0, 1)).all()
     small = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    assert (data.resize(image, 24) == small).all()
+    assert abs(data.resize(image, 24).astype(int) - small).max() <= 1
     wide = Image.new("RGB", (128, 64), "black")
     wide.paste(image, (32, 0))
     assert (data.resize(wide, 64) == data.resize(image, 64)).all()

@@ -28,7 +28,7 @@ from rsdlib.data.stores import NONE_BAD, Forward, Store, half, weights_key
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
-_RULE = "1: RGB on white, upright, centre square, bicubic"  # part of every front's key
+_RULE = "2: RGB on white, upright, centre square, bicubic"  # part of every front's key
 _NO_IMAGES = (".json", ".jsonl", ".txt", ".csv", ".parquet")
 
 # --- fronts ---------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _is_whole(path):
 
 def _run(part, names, fronts, device, about):
     """Return why images are bad, by name, and what each front makes of the others."""
-    bad, made = {}, {front: [] for front in fronts}
+    bad, made, count = {}, {front: np.empty(0) for front in fronts}, 0
     sizes = {front.size for front in fronts}
 
     def decode(name):
@@ -177,9 +177,13 @@ def _run(part, names, fronts, device, about):
         bad |= {n: why for n, why in zip(batch, decoded, strict=True) if isinstance(why, str)}
         good = [images for images in decoded if not isinstance(images, str)]
         for front in fronts if good else ():
-            images = np.stack([images[front.size] for images in good])
-            made[front].append(_answers(front, images, device))
-    return bad, {front: np.concatenate(some or [np.empty(0)]) for front, some in made.items()}
+            answers = np.stack([images[front.size] for images in good])
+            answers = _answers(front, answers, device)
+            if not count:
+                made[front] = np.empty((len(names), *answers.shape[1:]), answers.dtype)
+            made[front][count : count + len(good)] = answers
+        count += len(good)
+    return bad, {front: rows[:count] for front, rows in made.items()}
 
 
 def _ahead(function, items, about):
