@@ -6,7 +6,7 @@
     python benchmarks/scale.py --prompts FILE.gz      # recombine a list of prompts, one a line
 
 Each figure comes from a process of its own. Growth is the exponent of a power of the rows, fitted
-over all sizes. Parts are stand-ins, a thousand empty images each; `write_part` also takes pictures.
+over all sizes. Parts are stand-ins, a thousand empty images each.
 """
 
 import argparse
@@ -122,20 +122,6 @@ def write_part(folder, number, rows, pictures=(b"",)):
         for i, name in enumerate(about):
             archive.writestr(name, pictures[i % len(pictures)])
         archive.writestr(f"part-{number:06}.json", json.dumps(about), zipfile.ZIP_DEFLATED)
-
-
-def write_pictures(count, side=512):
-    """Return `count` PNGs with the detail of Stable Diffusion's."""
-    import io
-
-    from images import picture
-
-    rng, made = np.random.default_rng(0), []
-    for _ in range(count):
-        stream = io.BytesIO()
-        picture(rng, side).save(stream, "PNG")
-        made.append(stream.getvalue())
-    return made
 
 
 def write_source(folder, rows, wordings=None, pictures=(b"",), seed=0):

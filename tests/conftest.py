@@ -1,5 +1,6 @@
 """Shared by all tests: no network, one small project folder for everything that writes."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -45,3 +46,18 @@ LONGEST = ("test_notebooks", "test_training")  # files that are tested side by s
 def pytest_collection_modifyitems(items):
     """Let the longest files begin first."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Return a list that grows with every image that extraction decodes."""
+    # By its path: the room's door has a function of the module's name.
+    extraction = importlib.import_module("rsdlib.data.extract")
+    names, decode = [], extraction.decode_image
+
+    def count(content, name, part):
+        names.append(name)
+        return decode(content, name, part)
+
+    monkeypatch.setattr(extraction, "decode_image", count)
+    return names

@@ -714,19 +714,6 @@ def test_parquet_with_images_says_what_is_wrong(source):
 SIZE = 24
 
 
-@pytest.fixture
-def decodes(monkeypatch):
-    """Return a list that grows with every image decoded."""
-    names, decode = [], extraction.decode_image
-
-    def count(content, name, part):
-        names.append(name)
-        return decode(content, name, part)
-
-    monkeypatch.setattr(extraction, "decode_image", count)
-    return names
-
-
 def stored(pairs, size, folder=None, **how):
     return data.extract(pairs, [data.pixels(size)], folder, **how)[0]
 

@@ -31,18 +31,6 @@ def source(tmp_path):
     return folder
 
 
-@pytest.fixture
-def decodes(monkeypatch):
-    names, decode = [], extraction.decode_image
-
-    def count(content, name, part):
-        names.append(name)
-        return decode(content, name, part)
-
-    monkeypatch.setattr(extraction, "decode_image", count)
-    return names
-
-
 def answers(pairs):
     """Return what the pixels and the grid are, image by image."""
     images = [data.resize(data.open_image(place), SIZE) for place in pairs["image"]]

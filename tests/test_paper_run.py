@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from conftest import REPOSITORY
 from PIL import Image
@@ -70,7 +71,7 @@ def blip(root):
     )
     from wordpieces import bert_tokenizer
 
-    tokenizer = bert_tokenizer(PROMPTS, size=200)
+    tokenizer = bert_tokenizer(tiny.PROMPTS, size=200)
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "image_size": 384}
     vision |= {"num_hidden_layers": 24, "num_attention_heads": 16}
     text = {"vocab_size": 30_524, "encoder_hidden_size": 1024}
@@ -87,7 +88,6 @@ def stable_diffusion(root):
         pipeline(*about).to(dtype=torch.float16).save_pretrained(root / f"stable-diffusion-{name}")
 
 
-PROMPTS = ["a fox in the snow", "two cats at night, watercolor", "pixel art of a tent"]
 STYLES = ("dark", "bright", "golden", "broken", "ancient", "tiny")
 SUBJECTS = ("castle", "river", "robot", "dragon", "ship", "horse")
 PLACES = ("forest", "desert", "market", "valley", "harbour", "snow")
