@@ -1,29 +1,33 @@
-"""Prompts that lie inside images, as the programs that made them wrote them, and their plain form.
+"""Prompts that lie inside images, as the programs that drew these wrote them; their plain form.
 
-Each program has its own place and its own form. What a file does not fix is missing, never guessed.
-Metadata are as hostile as any input: sizes are limited before anything is unpacked or parsed, and
-every search is linear in the text.
+Each program has a place and a form of its own (``prompts_in_images.toml``). What a file does not
+fix is missing, never guessed. Metadata are as hostile as any input: their size is limited before
+they are unpacked and parsed, and every search takes a time linear in the text.
 """
 
 import contextlib
 import dataclasses
 import html
 import io
-import itertools
 import json
 import re
 import struct
-import zlib
+import tomllib
+from pathlib import Path
 
 from PIL import Image
 
 from rsdlib import files
 from rsdlib.data.parts import open_part
-from rsdlib.errors import BadImageError
+from rsdlib.errors import BadImageError, refusing
 
-MAX_TEXT = 8 * 2**20  # bytes of a file's texts, unpacked; ComfyUI's large graphs have 0.3 MB
-MAX_TEXTS = 64  # of one file
-MAX_CHUNKS = 100_000  # of one PNG
+MAX_TEXT = 8 * 2**20  # bytes of one text; ComfyUI's large graphs have 0.3 MB
+MAX_CHUNKS = 100_000  # of a PNG
+
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_PLACES, _EXIF = _TABLES["places"], {int(tag, 16): name for tag, name in _TABLES["exif"].items()}
+_WRITERS = {name: re.compile(pattern) for name, pattern in _TABLES["writers"].items()}
+_FIND = {name: re.compile(pattern) for name, pattern in _TABLES["patterns"].items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ class StoredPrompt:
     reason : str
         Why there is no prompt, "" if there is one.
     doubtful : str
-        The prompt that was read but cannot be trusted: the picture contradicts its metadata.
+        A prompt that was read but cannot be trusted: the picture contradicts its metadata.
     """
 
     prompt: str | None
@@ -49,10 +53,6 @@ class StoredPrompt:
     writer: str = ""
     reason: str = ""
     doubtful: str = ""
-
-
-class _Missing(ValueError):
-    """Why a text in a known form fixes no prompt."""
 
 
 def stored_prompt(data):
@@ -70,239 +70,148 @@ def stored_prompt(data):
         placeholder or broken, where the file cannot be read, and where the picture's size
         contradicts the stored one (a screenshot, a crop, a collage).
     """
-    reasons = []
     try:
-        texts, picture = _read_file(data, reasons)
+        texts, picture = _read_file(data)
     except BadImageError as error:
         return StoredPrompt(None, reason=error.reason)
-    for place in filter(texts.__contains__, _PLACES):
+    reasons = []
+    for place in filter(texts.get, _PLACES):
         try:
-            found = _read_text(place, texts[place])
-            if found:
-                text = f"{place}\n{texts[place]}\n{texts.get('extras', '')}"
-                return _judge(*found, picture, text)
-        except _Missing as missing:
-            reasons.append(f"{place}: {missing}")
-        except (ValueError, RecursionError):
-            reasons.append(f"{place}: its JSON is broken")
+            if found := _read_text(place, texts[place].strip()):
+                return _judge(*found, picture, f"{place}\n{texts[place]}")
+        except (ValueError, RecursionError) as error:
+            reasons.append(f"{place}: {error}")
     return StoredPrompt(None, reason="; ".join(reasons) or "no prompt in any known form")
 
 
-def _judge(prompt, negative, sizes, picture, text):
+def _judge(prompt, negative, settings, picture, text):
     """Return what was found, unless it is no prompt or not this picture's."""
     prompt, negative = prompt.strip(), negative.strip()
-    if not any(map(str.isalnum, prompt)) or prompt.lower() in _PLACEHOLDERS:
-        raise _Missing(f"{prompt[:40]!r} is a placeholder, no prompt")
-    if _BROKEN.search(prompt + negative):
-        raise _Missing("its prompt is damaged")
-    writer = next((writer for writer, mark in _WRITERS.items() if mark.search(text)), "unknown")
-    sizes = [(int(width), int(height)) for width, height in sizes]
-    if sizes and not any(_agree(picture, size, text) for size in sizes):
-        sizes = " or ".join("{} x {}".format(*size) for size in sizes[:3])
-        reason = "doubtful: the picture has {} x {} pixels, its metadata say {}"
-        return StoredPrompt(None, negative, writer, reason.format(*picture, sizes), prompt)
+    if not any(map(str.isalnum, prompt)) or prompt.lower() in _TABLES["placeholders"]:
+        raise ValueError(f"{prompt[:40]!r} is a placeholder")
+    if _FIND["damaged"].search(prompt + negative):
+        raise ValueError("the prompt is damaged")
+    writer = next((name for name, mark in _WRITERS.items() if mark.search(text)), "unknown")
+    sides = [_FIND[side].findall(settings) for side in ("width", "height")]
+    sizes = [(int(width), int(height)) for width, height in zip(*sides, strict=False)]
+    known = sizes and len(sides[0]) == len(sides[1]) and not _FIND["drawn_on"].search(settings)
+    if known and not any(_agree(picture, size, settings) for size in sizes):
+        reason = f"doubtful: the picture has {picture} pixels, its metadata say {sizes[:3]}"
+        return StoredPrompt(None, negative, writer, reason, prompt)
     return StoredPrompt(prompt, negative, writer)
 
 
-def _agree(picture, stored, text):
-    """Tell whether a picture may be the stored one: as it was, scaled, or with rounded sides."""
+def _agree(picture, stored, settings):
+    """Tell whether a picture may have had the stored size: kept, scaled, or rounded to 64."""
     (width, height), (wide, high) = picture, stored
     if abs(width * high - height * wide) > 0.03 * width * high:
         return abs(width - wide) < 64 and abs(height - high) < 64
-    _, settings, after = text.rpartition("\nSteps:")
-    enlarged = not settings or _ENLARGED.search(after)
-    collage = width > wide and width % wide == height % high == 0 and not enlarged
-    return 8 * width >= wide and not collage
+    collage = width > wide and width % wide == height % high == 0
+    enlarged = not settings.startswith("Steps:") or _FIND["enlarged"].search(settings)
+    return 8 * width >= wide and (enlarged or not collage)
 
-
-_PLACEHOLDERS = {"unknown", "none", "null", "undefined", "nan", "n/a", "prompt", "your prompt here"}
-_BROKEN = re.compile("[\0\x7f-\x9f\ufffd\ud800-\udfff]")
-_ENLARGED = re.compile("(?i)upscal|hires|resize")
-_WRITERS = {
-    "SwarmUI": "sui_image_params",
-    "InvokeAI": "^(dream|sd-metadata|invokeai_metadata)\n",
-    "ComfyUI": '"class_type"',
-    "imaginAIry": '(?i)"software": *"imaginairy',
-    "Dream Factory": "--ddim_steps ",
-    "NovelAI": r'(?i)"software": *"NovelAI|^comment\n[^\n]*"uc"',
-    "Draw Things": "^xmp\n",
-    "Fooocus": "(?i)fooocus|^comment\n",
-    "EasyDiffusion": "num_inference_steps|use_stable_diffusion_model",
-    "SD.Next": "App: SD.Next",
-    "stable-diffusion.cpp": "Version: stable-diffusion.cpp",
-    "AUTOMATIC1111": "\nSteps:",
-}
-_WRITERS = {writer: re.compile(mark) for writer, mark in _WRITERS.items()}
 
 # --- from a file to texts -------------------------------------------------------------------------
 
-# Where prompts are looked for, in this order; `chunks` are the loose texts of a PNG together.
-_PLACES = ("parameters", "usercomment", "xmp", "invokeai_metadata", "sd-metadata", "dream")
-_PLACES += ("comment", "prompt", "generation_data", "imagedescription", "chunks")
-_TAGS = {0x9286: "usercomment", 0x010E: "imagedescription", 0x010F: "make", 0x0110: "model"}
-_PREFIXES = (b"UNICODE\0", b"ASCII\0\0\0", b"JIS\0\0\0\0\0", bytes(8))  # of a UserComment
 
-
-def _read_file(data, reasons):
-    """Return the texts of an image file by place, and the picture's size; adds to the reasons."""
+def _read_file(data):
+    """Return the texts of an image file by their places, and the picture's width and height."""
     if not isinstance(data, bytes):
         path = files.resolve_path(data)
         with open_part(path.parent) as part:
             data = part.read(path.name)
-    texts, size = {}, (0, 0)
-    try:
-        if data.startswith(b"\x89PNG\r\n"):
-            size, raw = struct.unpack(">II", data[16:24]), _png_texts(data, reasons)
-        else:
-            with Image.open(io.BytesIO(data)) as image:  # reads the header only
-                size, raw = image.size, [*_exif_texts(image.getexif())]
-                raw += [(place, image.info.get(place)) for place in ("xmp", "comment")]
-        for place, text in itertools.islice(raw, MAX_TEXTS):
-            if isinstance(text, bytes | str):
-                _keep(texts, place, text, reasons)
-    except Exception as error:  # what Pillow raises on broken metadata is in no list
-        reasons.append(f"the file is damaged ({error})"[:200])
-    loose = {place: text for place, text in texts.items() if text[:1] != "{" or place == "comment"}
-    if len(loose) > 1:
-        texts["chunks"] = json.dumps({place: text[:100_000] for place, text in loose.items()})
-    return texts, size
+    texts, unreadable = {}, ("image", "memory", "its metadata cannot be read ({})")
+    with refusing(Exception, BadImageError, *unreadable):  # what Pillow raises is in no list
+        with Image.open(io.BytesIO(_without_pixels(data))) as image:
+            raw, exif, size = [*image.info.items()], Image.Image.getexif(image), image.size
+            exif = [*exif.items(), *exif.get_ifd(0x8769).items()]
+        raw += [(_EXIF[tag], text) for tag, text in exif if tag in _EXIF]
+        for place, text in raw:
+            text = _decode(text) if isinstance(text, bytes | str) else ""
+            label = re.match(r"(?i)(prompt|workflow): *(?=\{)", text)  # ComfyUI's in EXIF
+            place, text = (label[1], text[label.end() :]) if label else (place, text)
+            texts[place.lower()] = text
+    loose = {place: text for place, text in texts.items() if len(text) < 100_000}
+    loose = {place: text for place, text in loose.items() if text[:1] != "{" or place == "comment"}
+    return texts | {"texts": json.dumps(loose)}, size
 
 
-def _keep(texts, place, raw, reasons):
-    """Decode a text and keep it under its place, unless another one stands there."""
-    text = _decode(raw[:MAX_TEXT])
-    if label := re.match(r"(?i)\s*(prompt|workflow): *\{", text):  # ComfyUI's in EXIF
-        place, text = label[1], text[label.end() - 1 :]
-    if place in ("xmp", "XML:com.adobe.xmp"):  # Draw Things; no XML parser bears hostile input
-        text = text.partition("<exif:UserComment>")[2].partition("<rdf:li")[2].partition(">")[2]
-        place, text = "xmp", html.unescape(text.partition("</")[0])
-    place = place.lower()
-    if len(raw) + sum(map(len, texts.values())) > MAX_TEXT:
-        reasons.append(f"{place}: the texts have more than {MAX_TEXT:,} bytes")
-    elif texts.setdefault(place, text) != text:
-        reasons.append(f"{place}: it stands there twice, with different texts")
-        texts[place] = ""
-
-
-_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
-
-
-def _png_texts(data, reasons):
-    """Yield place and raw text of a PNG's chunks: packed or not, before or behind the pixels."""
-    start = 8
-    for _ in range(MAX_CHUNKS):
-        length, kind = struct.unpack_from(">I4s", data, start)
-        start, end = start + 8, start + 8 + length
-        body = data[start : min(end, start + 2 * MAX_TEXT)] if kind in _TEXT_CHUNKS else b""
-        if kind == b"IEND":
-            return
-        if (
-            body
-            and len(body) == length
-            and zlib.crc32(kind + body).to_bytes(4) != data[end : end + 4]
-        ):
-            reasons.append(f"{body[:20]!r}: its checksum is wrong")
-        elif body:
-            yield from _chunk_texts(kind, body, reasons)
-        start = end + 4
-
-
-def _chunk_texts(kind, body, reasons):
-    if kind == b"eXIf":
-        exif = Image.Exif()
-        exif.load(body)
-        yield from _exif_texts(exif)
-        return
-    place, _, text = body.partition(b"\0")
-    packed = kind == b"zTXt" or text[:1] == b"\1"
-    try:
-        text = text[2:].split(b"\0", 2)[2] if kind == b"iTXt" else text[packed:]
-        yield place.decode("latin-1"), _unpack(text) if packed else text
-    except (zlib.error, IndexError):
-        reasons.append(f"{place[:20]!r}: it cannot be unpacked")
-
-
-def _unpack(packed):
-    stream = zlib.decompressobj()
-    text = stream.decompress(packed, MAX_TEXT + 1)
-    if not stream.eof and len(text) <= MAX_TEXT:
-        raise zlib.error("cut short")
-    return text
-
-
-def _exif_texts(exif):
-    for folder in (exif, exif.get_ifd(0x8769)):
-        yield from ((place, folder[tag]) for tag, place in _TAGS.items() if tag in folder)
+def _without_pixels(data):
+    """Return the bytes of an image that tell of it; Pillow reads no text behind a PNG's pixels."""
+    if not data.startswith(b"\x89PNG\r\n"):
+        return data[: 2 * MAX_TEXT] if data.startswith(b"\xff\xd8") else data  # JPEG's stand first
+    chunks, start = [], 8
+    while start < len(data) and len(chunks) < MAX_CHUNKS:
+        [length] = struct.unpack_from(">I", data, start)
+        kind, end = data[start + 4 : start + 8], start + 12 + length
+        kept = kind in (b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND")
+        if kept and length > MAX_TEXT:
+            raise ValueError(f"a text has more than {MAX_TEXT:,} bytes")
+        chunks.append(data[start:end] if kept else b"")
+        start = end
+    names = [chunk[8:].partition(b"\0")[0].decode("latin-1") for chunk in dict.fromkeys(chunks)]
+    names = [name for name in names if name.lower() in _PLACES]
+    if len(set(names)) < len(names):
+        raise ValueError("one of its texts stands there twice, differently")
+    return data[:8] + b"".join(chunks)
 
 
 def _decode(raw):
-    """Return the text of bytes: UTF-16 in the order that gives more ASCII, UTF-8, or Latin-1."""
-    raw = raw.encode("latin-1", "replace") if isinstance(raw, str) else raw  # as Pillow read it
-    raw = raw[8:] if raw.startswith(_PREFIXES) else raw
-    if b"\0" in raw.strip(b"\0"):
-        texts = [raw.decode(order, "replace") for order in ("utf-16-be", "utf-16-le")]
-        return max(texts, key=lambda text: len(text.encode("ascii", "ignore"))).strip("\ufeff\0")
-    try:
-        return raw.decode().strip("\ufeff\0")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1").strip("\0")
+    """Return the text of bytes: UTF-16 in the order that gives more ASCII, UTF-8 or Latin-1."""
+    if isinstance(raw, str):  # Pillow takes most texts for Latin-1, whatever they are
+        if not all(sign < "\u0100" for sign in raw):
+            return raw
+        raw = raw.encode("latin-1")
+    if len(raw) > MAX_TEXT:
+        raise ValueError(f"a text has more than {MAX_TEXT:,} bytes")
+    raw = raw[8:] if raw.startswith((b"UNICODE\0", b"ASCII\0\0\0", bytes(8))) else raw
+    encodings = ("utf-16-be", "utf-16-le") if b"\0" in raw.strip(b"\0") else ("utf-8", "latin-1")
+    texts = [raw.decode(encoding, "replace").strip("\ufeff\0") for encoding in encodings]
+    return max(texts, key=lambda t: (len(t.encode("ascii", "ignore")), -t.count("\ufffd")))
 
 
 # --- from a text to a prompt ----------------------------------------------------------------------
 
 
 def _read_text(place, text):
-    """Return a text's prompt, negative prompt and sizes, None if it is in no known form."""
-    text = text.strip()
-    steps = [step.start() for step in re.finditer(r"(?m)^Steps: *\d", text)]
-    if steps and _SETTINGS.search(text, steps[-1]):  # AUTOMATIC1111 and whoever writes its form
-        sizes = _SIZE.findall(text, steps[-1])
+    """Return a text's prompt, negative prompt and settings, None if it has no known form."""
+    if place == "xmp":  # Draw Things; no parser of XML bears hostile input
+        text = text.partition("<exif:UserComment>")[2].partition("<rdf:li")[2].partition(">")[2]
+        text = html.unescape(text.partition("</")[0])
+    steps = [match.start() for match in re.finditer(r"(?m)^Steps: *\d", text)]
+    if steps and re.search("Sampler|Seed|CFG [Ss]cale", text[steps[-1] :]):  # AUTOMATIC1111's form
         prompt, _, negative = f"\n{text[: steps[-1]]}".partition("\nNegative prompt:")
-        return prompt, negative, sizes
+        return prompt, negative, text[steps[-1] :]
     if place == "dream" or " --ddim_steps " in text:
-        return _of_command(text)
-    return _of_json(json.loads(text)) if text.startswith("{") else None
+        return _read_command(text)
+    return _read_json(json.loads(text)) if text.startswith("{") else None
 
 
-_SETTINGS = re.compile("Sampler|Seed|CFG [Ss]cale")
-_SIZE = re.compile(r"(?i)size: *([1-9]\d{0,4})x([1-9]\d{0,4})")
-
-
-def _of_command(text):
+def _read_command(text):
     """Read a command line: of InvokeAI's first age (``"a cat" -s50 ...``) or of Dream Factory."""
     start = re.search(r" -s ?\d| --ddim_steps ", text)
     if text.startswith("!") or not start:
-        raise _Missing("a command, no prompt")
-    prompt, settings = _unquote(_unquote(text[: start.start()])), text[start.start() :]
-    negative = settings.partition('--neg_prompt "')[2].partition('" --')[0]
-    sizes = [] if _DRAWN_ON.search(settings) else _SIDES.findall(settings)
-    return (prompt, negative, sizes) if negative else (*_without_brackets(prompt), sizes)
-
-
-_SIDES = re.compile(r"-W ?([1-9]\d{0,4}) --?H ?([1-9]\d{0,4})")
-_DRAWN_ON = re.compile(
-    "(?i)img2img|inpaint|outpaint| -I | --?init"
-)  # the picture's size is another's
-
-
-def _unquote(text):
-    text = text.strip()
-    quoted = len(text) > 1 and text[0] == text[-1] == '"'
-    return text[1:-1].replace('\\"', '"') if quoted else text
+        raise ValueError("it is a command, no prompt")
+    prompt, settings = text[: start.start()].strip(), text[start.start() :]
+    while len(prompt) > 1 and prompt[0] == prompt[-1] == '"':
+        prompt = prompt[1:-1].replace('\\"', '"')
+    if start[0].startswith(" -s"):
+        return *_without_brackets(prompt), settings
+    return prompt, settings.partition('--neg_prompt "')[2].partition('" --')[0], settings
 
 
 def _without_brackets(prompt):
-    """Part InvokeAI's prompt from the negative one, which it kept in brackets until version 3."""
-    negative = ", ".join(re.findall(r"\[([^][]*)\]", prompt))
-    return re.sub(r" ?\[[^][]*\]", "", prompt), negative
+    """Part a prompt from the negative one, which InvokeAI kept in brackets until version 3."""
+    negative = ", ".join(re.findall(r"\[([^\[\]]*)\]", prompt))
+    return re.sub(r" ?\[[^\[\]]*\]", "", prompt), negative
 
 
-def _of_json(tree, depth=4):
+def _read_json(tree, depth=4):
     """Read a JSON object: each program has its own keys, some put one object into another."""
     nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
-    nodes = {key: node for key, node in nodes.items() if "class_type" in node}
+    nodes = {key: node for key, node in nodes.items() if isinstance(node.get("inputs"), dict)}
     if nodes:
-        return _of_graph({key: _Node(node) for key, node in nodes.items()})
+        return _read_graph(nodes)
     flat = {re.sub("[ _-]", "", key).lower(): value for key, value in tree.items()}
     for key in ("suiimageparams", "image", "comment", "prompt"):
         inner = flat.get(key)
@@ -311,138 +220,105 @@ def _of_json(tree, depth=4):
                 inner = json.loads(inner)
         if isinstance(inner, dict) and depth:
             del flat[key]
-            return _of_json(flat | inner, depth - 1)
-    keys = ["positiveprompt", "prompt", "prompts"]
-    keys += ["c"] if "uc" in flat else []  # Draw Things
-    keys += ["description"] if str(flat.get("software")).startswith("NovelAI") else []
-    key = next((key for key in keys if key in flat), None)
-    if key is None or flat.keys().isdisjoint(_OF_A_WRITER):
+            return _read_json(flat | inner, depth - 1)
+    keys = ["positiveprompt", "prompt", "prompts"] + ["c"] * ("uc" in flat)
+    keys += ["description"] * str(flat.get("software")).startswith("NovelAI")
+    key = next(filter(flat.__contains__, keys), None)
+    if key is None or flat.keys().isdisjoint(_TABLES["settings"]):
         return None
     prompts = _strings(flat[key])
     if len(prompts) != 1:
-        raise _Missing(f"ambiguous: it names {len(prompts)} prompts")
-    negative = next((flat[key] for key in ("negativeprompt", "uc", "negative") if key in flat), "")
-    prompt, negative = prompts[0], ", ".join(_strings(negative))
-    if "appid" in flat and not negative:
-        prompt, negative = _without_brackets(prompt)
-    drawn_on = any(flat.get(key) for key in ("initimg", "initimage"))
-    mode = str(flat.get("type")) + str(flat.get("generationmode"))
-    sides = f"size: {flat.get('width')}x{flat.get('height')} size: {flat.get('size')}"
-    return prompt, negative, [] if drawn_on or _DRAWN_ON.search(mode) else _SIZE.findall(sides)
-
-
-# What a prompt is stored with by programs that draw; JSON without any of them is something else's.
-_OF_A_WRITER = {"seed", "steps", "sampler", "cfgscale", "negativeprompt", "uc", "numinferencesteps"}
+        raise ValueError(f"ambiguous: it holds {len(prompts)} prompts")
+    key = next(filter(flat.__contains__, ("negativeprompt", "uc", "negative")), None)
+    negative = ", ".join(_strings(flat.get(key)))
+    if "appid" in flat and not negative:  # InvokeAI's second age
+        return *_without_brackets(prompts[0]), json.dumps(flat)
+    return prompts[0], negative, json.dumps(flat)
 
 
 def _strings(value):
-    """Return the texts of a value: a text, or a list of texts, with or without their weights."""
-    if isinstance(value, str):
-        return [value]
-    items = value if isinstance(value, list) else []
+    """Return the texts of a value: a text, or a list of texts with or without their weights."""
+    items = value if isinstance(value, list) else [value]
     items = [
         item.get("prompt", item.get("text")) if isinstance(item, dict) else item for item in items
     ]
     items = [item[-1] if isinstance(item, list) and item else item for item in items]
-    return [item if isinstance(item, str) else "" for item in items]
+    return [item for item in items if isinstance(item, str)]
 
 
-class _Node:
-    """A node of a ComfyUI graph: its kind, its values, and to which nodes its inputs lead."""
-
-    def __init__(self, node):
-        inputs = node.get("inputs")
-        self.kind = str(node["class_type"]).lower()
-        self.inputs = inputs if isinstance(inputs, dict) else {}
-        pairs = {name: value for name, value in self.inputs.items() if isinstance(value, list)}
-        self.links = {name: str(pair[0]) for name, pair in pairs.items() if len(pair) == 2}
-
-
-def _of_graph(nodes):
+def _read_graph(nodes):
     """Read a ComfyUI graph: the one text that all samplers behind the saved picture share."""
-    saving = {key for key, node in nodes.items() if "save" in node.kind and "images" in node.links}
-    behind, pending = {}, [*(saving or nodes)]
+    kinds = {key: str(node.get("class_type")) for key, node in nodes.items()}
+    inputs = {key: node["inputs"] for key, node in nodes.items()}
+    savers = [key for key in nodes if "save" in kinds[key].lower() and "images" in inputs[key]]
+    behind, pending = set(), savers or [*nodes]
     while pending:
         key = pending.pop()
         if key in nodes and key not in behind:
-            behind[key] = nodes[key]
-            pending += nodes[key].links.values()
-    drawing = {key: node for key, node in behind.items() if key not in saving}
-    guided = [key for key, node in drawing.items() if "conditioning" in node.inputs]
-    samplers = [key for key, node in drawing.items() if "positive" in node.inputs]
-    samplers += [key for key in guided if "guider" in nodes[key].kind]
-    texts, negatives = _texts_behind(nodes, samplers or guided, "positive"), set()
-    with contextlib.suppress(_Missing):
-        samplers = [key for key, node in drawing.items() if "negative" in node.inputs]
-        negatives = _texts_behind(nodes, samplers, "negative")
+            behind.add(key)
+            pending += _links(inputs[key]).values()
+    drawing = behind.difference(savers)
+    guided = [key for key in drawing if "conditioning" in inputs[key]]
+    samplers = [key for key in drawing if "positive" in inputs[key]]
+    samplers += [key for key in guided if "guider" in kinds[key].lower()]
+    texts = _texts_behind(kinds, inputs, samplers or guided, "positive")
     if len(texts) != 1:
-        raise _Missing(f"ambiguous: {len(texts)} texts stand behind the picture's samplers")
-    latents = [node.inputs for node in drawing.values() if "latent" in node.kind]
-    sides = "".join(f"size: {node.get('width')}x{node.get('height')}" for node in latents)
-    return texts.pop(), negatives.pop() if len(negatives) == 1 else "", _SIZE.findall(sides)
+        raise ValueError(f"ambiguous: {len(texts)} texts stand behind the picture's samplers")
+    negatives = []
+    with contextlib.suppress(ValueError):
+        samplers = [key for key in drawing if "negative" in inputs[key]]
+        negatives = _texts_behind(kinds, inputs, samplers, "negative")
+    latents = [inputs[key] for key in drawing if "latent" in kinds[key].lower()]
+    return texts[0], negatives[0] if len(negatives) == 1 else "", json.dumps(latents)
 
 
-def _texts_behind(nodes, samplers, role):
-    """Return the texts that links of one role lead to; a pipe carries both roles in one link."""
+def _links(inputs):
+    """Return to which nodes a node's inputs lead."""
+    pairs = {name: value for name, value in inputs.items() if isinstance(value, list)}
+    return {name: str(pair[0]) for name, pair in pairs.items() if len(pair) == 2}
+
+
+def _texts_behind(kinds, inputs, samplers, role):
+    """Return the texts that links of a role lead to; one link of a pipe carries both roles."""
+    texts, seen, pending = [], set(), [*samplers]
     other = "negative" if role == "positive" else "positive"
-    texts, seen, pending = set(), set(), [*samplers]
     while pending:
         key = pending.pop()
-        if key not in nodes:
-            raise _Missing("broken: a link leads to no node")
-        node = nodes[key]
-        if key in seen or "zeroout" in node.kind:
+        if key not in kinds:
+            raise ValueError("broken: a link of its graph leads to no node")
+        if key in seen or "zeroout" in kinds[key].lower():
             continue
         seen.add(key)
-        names = [name for name in node.inputs if other not in name.lower()]
-        if role in names:  # a sampler, a loader or a pipe; detailers may have words of their own
+        names = [name for name in inputs[key] if other not in name.lower()]
+        if role in names:  # a sampler, a loader or a pipe; a detailer may have words of its own
             names = [name for name in names if name in (role, "wildcard")]
-        elif _makes_words(node, names):
-            raise _Missing(f"ambiguous: {node.kind!r} makes words inside the graph")
-        found = [node.inputs[name] for name in names if _OF_TEXT.search(name)]
-        found = [text.strip() for text in found if isinstance(text, str)]
-        links = [name for name in names if name in node.links and not _NO_TEXT.search(name)]
-        if not (links or found):
-            raise _Missing(f"ambiguous: no text is known behind {node.kind!r}")
-        pending += [node.links[name] for name in links]
-        texts |= {*found}
-    return texts - {""} or texts
+        holders = [name for name in names if _FIND["holds_text"].search(name)]
+        found = [inputs[key][name] for name in holders if isinstance(inputs[key][name], str)]
+        links = _links({name: inputs[key][name] for name in names})
+        links = [links[name] for name in links if not _FIND["leads_elsewhere"].search(name)]
+        makers = filter(_FIND["makes_words"].search, [kinds[key], *set(names).difference(holders)])
+        if holders and any(makers):
+            raise ValueError(f"ambiguous: its graph makes words ({kinds[key]})")
+        if not found + links:
+            raise ValueError(f"ambiguous: no text is known behind {kinds[key]}")
+        texts += map(str.strip, found)
+        pending += links
+    return [*{text for text in texts if text}] or texts[:1]
 
-
-def _makes_words(node, names):
-    """Tell whether a node draws or edits words, so that the graph does not hold what came out."""
-    texts = [name for name in names if _OF_TEXT.search(name)]
-    others = [name for name in names if name not in texts]
-    settings = [name for name in others if isinstance(node.inputs[name], str) and node.inputs[name]]
-    edits = settings and "clip" not in node.inputs  # which encoders of text have
-    return _MAKERS.search(node.kind) or (texts and (edits or any(map(_MAKERS.search, others))))
-
-
-_OF_TEXT = re.compile(
-    "(?i)(?<!con)text|prompt|string|^value$|^positive|^negative|^wildcard$|^t5xxl$|^clip_[lg]$"
-)
-_NO_TEXT = re.compile(
-    "(?i)^clip$|clip_v|model|vae|image|pixel|mask|latent|sampl|control|noise|sigma|lora|seg|detect"
-    "|width|height|crop|target|seed|step|cfg|scale|strength|guidance|start|^end|weight|area|hook"
-)
-_MAKERS = re.compile(
-    "(?i)random|wildcard|dynamic|seed|styl(?!e_?model)|generat|translat|replace|concatenat|join"
-    "|llm|gpt|ollama|interrogat|caption|tagger"
-)
 
 # --- the plain form -------------------------------------------------------------------------------
 
 
 class _Plain(str):
-    """A prompt in its plain form, in which a bracket is a bracket."""
+    """A prompt in its plain form: its brackets are brackets."""
 
 
 def plain(prompt):
     r"""Return a prompt without the dialects of the programs that draw.
 
-    Tags such as ``<lora:detail:0.8>`` go, ``BREAK`` becomes a comma; of ``(x:1.3)``, ``((x))``,
-    ``[x]`` and ``{x}`` the words stay, of ``[a:b:0.5]`` and ``[a|b]`` both sides; ``long_hair`` is
-    two words and ``\(`` a bracket. Applying it twice changes nothing.
+    Tags such as ``<lora:detail:0.8>`` go and ``BREAK`` becomes a comma; of ``(x:1.3)``, ``((x))``,
+    ``[x]`` and ``{x}`` the words stay, of ``[a:b:0.5]`` and ``[a|b]`` both; ``long_hair`` is two
+    words, ``\(`` a bracket. Applying it to what it returned changes nothing.
 
     Parameters
     ----------
@@ -455,20 +331,20 @@ def plain(prompt):
     if isinstance(prompt, _Plain):
         return prompt
     text = re.sub(r"(?i)<(?:lora|lyco|hypernet)\s*:[^<>]*>", " ", prompt)
-    text = re.sub(r"\\([][(){}])", lambda escaped: chr(_PRIVATE + ord(escaped[1])), text)
+    text = re.sub(r"\\([()\[\]{}])", lambda escaped: chr(_PRIVATE + ord(escaped[1])), text)
     text = re.sub(r":\s*[+-]?[\d.]{1,8}\s*(?=\))", "", re.sub(r"\bBREAK\b", ", ", text))
     for _ in range(MAX_NESTED):
-        text, inner = _SCHEDULED.subn(lambda found: re.sub("[:|]", " ", found[1] or found[2]), text)
-        if not inner:
-            break
+        text = _ALTERNATING.sub(lambda found: re.sub("[:|]", " ", found[1] or found[2]), text)
     text = re.sub(r"(?:(?<![\w.])-?[\d.]{1,8})?::", " ", text)  # NovelAI's 1.2::x::
-    text = re.sub(r"(?<=\w)[][(){}]+(?=\w)", " ", text)
+    text = re.sub(r"(?<=\w)[()\[\]{}]+(?=\w)", " ", text)
     text = re.sub(r"(?<=[^\W_])_+(?=[^\W_]|[\ue000-\ue0ff])", " ", text)
-    text = " ".join(re.sub(r"[][(){}]", "", text).split()).replace(" ,", ",")
+    text = " ".join(re.sub(r"[()\[\]{}]", "", text).split()).replace(" ,", ",")
     text = re.sub(r",(?: ?,)+ ?", ", ", text).strip(" ,")
     return _Plain(text.translate({_PRIVATE + ord(bracket): bracket for bracket in "()[]{}"}))
 
 
-MAX_NESTED = 8  # alternations inside each other
-_PRIVATE = 0xE000  # where an escaped bracket waits: no character has this place
-_SCHEDULED = re.compile(r"[[{]([^][{}]*):\s*[\d.]{1,8}\s*[]}]|[[{]([^][{}|]*\|[^][{}]*)[]}]")
+MAX_NESTED = 8  # alternations within each other
+_PRIVATE = 0xE000  # where escaped brackets wait; characters there mean nothing
+_ALTERNATING = re.compile(
+    r"[\[{]([^\[\]{}]*):\s*[\d.]{1,8}\s*[\]}]|[\[{]([^\[\]{}|]*\|[^\[\]{}]*)[\]}]"
+)
