@@ -15,11 +15,10 @@ import struct
 import tomllib
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from rsdlib import files
 from rsdlib.data.parts import open_part
-from rsdlib.errors import BadImageError, refusing
 
 MAX_TEXT = 8 * 2**20  # bytes of one text; ComfyUI's large graphs have 0.3 MB
 MAX_CHUNKS = 100_000  # of a PNG
@@ -72,8 +71,8 @@ def stored_prompt(data):
     """
     try:
         texts, picture = _read_file(data)
-    except BadImageError as error:
-        return StoredPrompt(None, reason=error.reason)
+    except Exception as error:  # what Pillow raises on broken metadata is in no list
+        return StoredPrompt(None, reason=f"its metadata cannot be read ({error})")
     reasons = []
     for place in filter(texts.get, _PLACES):
         try:
@@ -92,12 +91,12 @@ def _judge(prompt, negative, settings, picture, text):
     if _FIND["damaged"].search(prompt + negative):
         raise ValueError("the prompt is damaged")
     writer = next((name for name, mark in _WRITERS.items() if mark.search(text)), "unknown")
-    sides = [_FIND[side].findall(settings) for side in ("width", "height")]
-    sizes = [(int(width), int(height)) for width, height in zip(*sides, strict=False)]
-    known = sizes and len(sides[0]) == len(sides[1]) and not _FIND["drawn_on"].search(settings)
+    widths, heights = (_FIND[side].findall(settings) for side in ("width", "height"))
+    sizes = [*zip(map(int, widths), map(int, heights), strict=False)]
+    known = len(widths) == len(heights) > 0 and not _FIND["drawn_on"].search(settings)
     if known and not any(_agree(picture, size, settings) for size in sizes):
-        reason = f"doubtful: the picture has {picture} pixels, its metadata say {sizes[:3]}"
-        return StoredPrompt(None, negative, writer, reason, prompt)
+        reason = "doubtful: the picture has {} x {} pixels, its metadata say {} x {}"
+        return StoredPrompt(None, negative, writer, reason.format(*picture, *sizes[0]), prompt)
     return StoredPrompt(prompt, negative, writer)
 
 
@@ -120,48 +119,45 @@ def _read_file(data):
         path = files.resolve_path(data)
         with open_part(path.parent) as part:
             data = part.read(path.name)
-    texts, unreadable = {}, ("image", "memory", "its metadata cannot be read ({})")
-    with refusing(Exception, BadImageError, *unreadable):  # what Pillow raises is in no list
-        with Image.open(io.BytesIO(_without_pixels(data))) as image:
-            raw, exif, size = [*image.info.items()], Image.Image.getexif(image), image.size
-            exif = [*exif.items(), *exif.get_ifd(0x8769).items()]
-        raw += [(_EXIF[tag], text) for tag, text in exif if tag in _EXIF]
-        for place, text in raw:
-            text = _decode(text) if isinstance(text, bytes | str) else ""
-            label = re.match(r"(?i)(prompt|workflow): *(?=\{)", text)  # ComfyUI's in EXIF
-            place, text = (label[1], text[label.end() :]) if label else (place, text)
-            texts[place.lower()] = text
-    loose = {place: text for place, text in texts.items() if len(text) < 100_000}
-    loose = {place: text for place, text in loose.items() if text[:1] != "{" or place == "comment"}
-    return texts | {"texts": json.dumps(loose)}, size
+    with Image.open(io.BytesIO(_without_pixels(data))) as image:
+        exif = Image.Image.getexif(image)  # a PNG's own would decode its pixels
+        tags = [*exif.items(), *exif.get_ifd(0x8769).items()]
+        fields = [*image.info.items(), *((_EXIF[tag], text) for tag, text in tags if tag in _EXIF)]
+    texts = {}
+    for place, raw in fields:
+        text = _decode(raw) if isinstance(raw, bytes | str) else ""
+        label = re.match(r"(?i)(prompt|workflow): *(?=\{)", text)  # ComfyUI's in EXIF
+        place, text = (label[1], text[label.end() :]) if label else (place, text)
+        texts[place.lower()] = text
+    loose = [place for place in texts if place == "comment" or texts[place][:1] != "{"]
+    return texts | {"texts": json.dumps({place: texts[place] for place in loose})}, image.size
 
 
 def _without_pixels(data):
-    """Return the bytes of an image that tell of it; Pillow reads no text behind a PNG's pixels."""
+    """Return what an image says of itself: Pillow reads no text behind the pixels of a PNG."""
     if not data.startswith(b"\x89PNG\r\n"):
-        return data[: 2 * MAX_TEXT] if data.startswith(b"\xff\xd8") else data  # JPEG's stand first
-    chunks, start = [], 8
-    while start < len(data) and len(chunks) < MAX_CHUNKS:
+        return (
+            data[: 2 * MAX_TEXT] if data.startswith(b"\xff\xd8") else data
+        )  # a JPEG's is in front
+    chunks, start = {}, 8
+    for _ in range(MAX_CHUNKS):
         [length] = struct.unpack_from(">I", data, start)
         kind, end = data[start + 4 : start + 8], start + 12 + length
-        kept = kind in (b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND")
-        if kept and length > MAX_TEXT:
-            raise ValueError(f"a text has more than {MAX_TEXT:,} bytes")
-        chunks.append(data[start:end] if kept else b"")
+        if kind in (b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND"):
+            chunk = data[start : min(end, start + MAX_TEXT)]
+            if chunks.setdefault(chunk[4:].partition(b"\0")[0], chunk) != chunk:
+                raise ValueError("one of its texts stands there twice, differently")
+        if kind == b"IEND":
+            break
         start = end
-    names = [chunk[8:].partition(b"\0")[0].decode("latin-1") for chunk in dict.fromkeys(chunks)]
-    names = [name for name in names if name.lower() in _PLACES]
-    if len(set(names)) < len(names):
-        raise ValueError("one of its texts stands there twice, differently")
-    return data[:8] + b"".join(chunks)
+    return data[:8] + b"".join(chunks.values())
 
 
 def _decode(raw):
     """Return the text of bytes: UTF-16 in the order that gives more ASCII, UTF-8 or Latin-1."""
-    if isinstance(raw, str):  # Pillow takes most texts for Latin-1, whatever they are
-        if not all(sign < "\u0100" for sign in raw):
-            return raw
-        raw = raw.encode("latin-1")
+    if isinstance(raw, PngImagePlugin.iTXt):
+        return str(raw)
+    raw = raw.encode("latin-1") if isinstance(raw, str) else raw  # as Pillow read it
     if len(raw) > MAX_TEXT:
         raise ValueError(f"a text has more than {MAX_TEXT:,} bytes")
     raw = raw[8:] if raw.startswith((b"UNICODE\0", b"ASCII\0\0\0", bytes(8))) else raw
@@ -237,13 +233,15 @@ def _read_json(tree, depth=4):
 
 
 def _strings(value):
-    """Return the texts of a value: a text, or a list of texts with or without their weights."""
-    items = value if isinstance(value, list) else [value]
-    items = [
-        item.get("prompt", item.get("text")) if isinstance(item, dict) else item for item in items
-    ]
-    items = [item[-1] if isinstance(item, list) and item else item for item in items]
-    return [item for item in items if isinstance(item, str)]
+    """Return the texts within a value: lists pair them with weights."""
+    if isinstance(value, str):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    return (
+        [text for inner in values for text in _strings(inner)]
+        if isinstance(value, dict | list)
+        else []
+    )
 
 
 def _read_graph(nodes):
@@ -251,20 +249,19 @@ def _read_graph(nodes):
     kinds = {key: str(node.get("class_type")) for key, node in nodes.items()}
     inputs = {key: node["inputs"] for key, node in nodes.items()}
     savers = [key for key in nodes if "save" in kinds[key].lower() and "images" in inputs[key]]
-    behind, pending = set(), savers or [*nodes]
+    behind, pending = set(), [*(savers or nodes)]
     while pending:
         key = pending.pop()
         if key in nodes and key not in behind:
             behind.add(key)
             pending += _links(inputs[key]).values()
-    drawing = behind.difference(savers)
+    drawing = sorted(behind.difference(savers))
     guided = [key for key in drawing if "conditioning" in inputs[key]]
     samplers = [key for key in drawing if "positive" in inputs[key]]
     samplers += [key for key in guided if "guider" in kinds[key].lower()]
-    texts = _texts_behind(kinds, inputs, samplers or guided, "positive")
+    texts, negatives = _texts_behind(kinds, inputs, samplers or guided, "positive"), []
     if len(texts) != 1:
         raise ValueError(f"ambiguous: {len(texts)} texts stand behind the picture's samplers")
-    negatives = []
     with contextlib.suppress(ValueError):
         samplers = [key for key in drawing if "negative" in inputs[key]]
         negatives = _texts_behind(kinds, inputs, samplers, "negative")
@@ -296,8 +293,10 @@ def _texts_behind(kinds, inputs, samplers, role):
         found = [inputs[key][name] for name in holders if isinstance(inputs[key][name], str)]
         links = _links({name: inputs[key][name] for name in names})
         links = [links[name] for name in links if not _FIND["leads_elsewhere"].search(name)]
-        makers = filter(_FIND["makes_words"].search, [kinds[key], *set(names).difference(holders)])
-        if holders and any(makers):
+        others = set(names).difference(holders)
+        edits = [name for name in others if isinstance(inputs[key][name], str)]
+        makes = [name for name in (kinds[key], *others) if _FIND["makes_words"].search(name)]
+        if holders and (makes or (edits and "clip" not in inputs[key])):
             raise ValueError(f"ambiguous: its graph makes words ({kinds[key]})")
         if not found + links:
             raise ValueError(f"ambiguous: no text is known behind {kinds[key]}")
@@ -330,21 +329,6 @@ def plain(prompt):
     """
     if isinstance(prompt, _Plain):
         return prompt
-    text = re.sub(r"(?i)<(?:lora|lyco|hypernet)\s*:[^<>]*>", " ", prompt)
-    text = re.sub(r"\\([()\[\]{}])", lambda escaped: chr(_PRIVATE + ord(escaped[1])), text)
-    text = re.sub(r":\s*[+-]?[\d.]{1,8}\s*(?=\))", "", re.sub(r"\bBREAK\b", ", ", text))
-    for _ in range(MAX_NESTED):
-        text = _ALTERNATING.sub(lambda found: re.sub("[:|]", " ", found[1] or found[2]), text)
-    text = re.sub(r"(?:(?<![\w.])-?[\d.]{1,8})?::", " ", text)  # NovelAI's 1.2::x::
-    text = re.sub(r"(?<=\w)[()\[\]{}]+(?=\w)", " ", text)
-    text = re.sub(r"(?<=[^\W_])_+(?=[^\W_]|[\ue000-\ue0ff])", " ", text)
-    text = " ".join(re.sub(r"[()\[\]{}]", "", text).split()).replace(" ,", ",")
-    text = re.sub(r",(?: ?,)+ ?", ", ", text).strip(" ,")
-    return _Plain(text.translate({_PRIVATE + ord(bracket): bracket for bracket in "()[]{}"}))
-
-
-MAX_NESTED = 8  # alternations within each other
-_PRIVATE = 0xE000  # where escaped brackets wait; characters there mean nothing
-_ALTERNATING = re.compile(
-    r"[\[{]([^\[\]{}]*):\s*[\d.]{1,8}\s*[\]}]|[\[{]([^\[\]{}|]*\|[^\[\]{}]*)[\]}]"
-)
+    for expression, instead in _TABLES["plain"]["steps"]:
+        prompt = re.sub(expression, instead, prompt)
+    return _Plain(prompt)
