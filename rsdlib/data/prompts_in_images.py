@@ -20,8 +20,9 @@ from PIL import Image, PngImagePlugin
 from rsdlib import files
 from rsdlib.data.parts import open_part
 
-MAX_TEXT = 8 * 2**20  # bytes of one text; ComfyUI's large graphs have 0.3 MB
-MAX_CHUNKS = 100_000  # of a PNG
+MAX_TEXT = 2**20  # bytes of one text; ComfyUI's large graphs have 0.3 MB
+MAX_TEXTS, MAX_CHUNKS = 1_000, 100_000  # of a PNG
+MAX_PROMPT = 100_000  # characters
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _PLACES, _EXIF = _TABLES["places"], {int(tag, 16): name for tag, name in _TABLES["exif"].items()}
@@ -72,15 +73,18 @@ def stored_prompt(data):
     try:
         texts, picture = _read_file(data)
     except Exception as error:  # what Pillow raises on broken metadata is in no list
-        return StoredPrompt(None, reason=f"its metadata cannot be read ({error})")
+        reason = str(error).partition(" <")[0]  # no address in memory
+        return StoredPrompt(None, reason=f"its metadata cannot be read ({reason})")
     reasons = []
     for place in filter(texts.get, _PLACES):
         try:
             if found := _read_text(place, texts[place].strip()):
-                return _judge(*found, picture, f"{place}\n{texts[place]}")
+                text = f"{place}\n{texts[place]}\n{texts.get('extras')}"
+                return _judge(*found, picture, text)
         except (ValueError, RecursionError) as error:
             reasons.append(f"{place}: {error}")
-    return StoredPrompt(None, reason="; ".join(reasons) or "no prompt in any known form")
+    nothing = f"no prompt in any known form, within {MAX_TEXT:,} bytes"
+    return StoredPrompt(None, reason="; ".join(reasons) or nothing)
 
 
 def _judge(prompt, negative, settings, picture, text):
@@ -88,25 +92,25 @@ def _judge(prompt, negative, settings, picture, text):
     prompt, negative = prompt.strip(), negative.strip()
     if not any(map(str.isalnum, prompt)) or prompt.lower() in _TABLES["placeholders"]:
         raise ValueError(f"{prompt[:40]!r} is a placeholder")
-    if _FIND["damaged"].search(prompt + negative):
-        raise ValueError("the prompt is damaged")
+    if len(prompt) > MAX_PROMPT or _FIND["damaged"].search(prompt + negative):
+        raise ValueError("the prompt is damaged, or no prompt at that length")
     writer = next((name for name, mark in _WRITERS.items() if mark.search(text)), "unknown")
     widths, heights = (_FIND[side].findall(settings) for side in ("width", "height"))
     sizes = [*zip(map(int, widths), map(int, heights), strict=False)]
     known = len(widths) == len(heights) > 0 and not _FIND["drawn_on"].search(settings)
-    if known and not any(_agree(picture, size, settings) for size in sizes):
+    if known and not any(_agree(picture, size, text) for size in sizes):
         reason = "doubtful: the picture has {} x {} pixels, its metadata say {} x {}"
         return StoredPrompt(None, negative, writer, reason.format(*picture, *sizes[0]), prompt)
     return StoredPrompt(prompt, negative, writer)
 
 
-def _agree(picture, stored, settings):
-    """Tell whether a picture may have had the stored size: kept, scaled, or rounded to 64."""
+def _agree(picture, stored, text):
+    """Tell whether a picture may have had the stored size: kept, scaled, or with rounded sides."""
     (width, height), (wide, high) = picture, stored
     if abs(width * high - height * wide) > 0.03 * width * high:
-        return abs(width - wide) < 64 and abs(height - high) < 64
+        return abs(width - wide) < min(64, wide / 8) and abs(height - high) < min(64, high / 8)
     collage = width > wide and width % wide == height % high == 0
-    enlarged = not settings.startswith("Steps:") or _FIND["enlarged"].search(settings)
+    enlarged = "\nSteps:" not in text or _FIND["enlarged"].search(text)
     return 8 * width >= wide and (enlarged or not collage)
 
 
@@ -125,7 +129,7 @@ def _read_file(data):
         fields = [*image.info.items(), *((_EXIF[tag], text) for tag, text in tags if tag in _EXIF)]
     texts = {}
     for place, raw in fields:
-        text = _decode(raw) if isinstance(raw, bytes | str) else ""
+        text = _decode(raw) if isinstance(raw, bytes | str) and len(raw) <= MAX_TEXT else ""
         label = re.match(r"(?i)(prompt|workflow): *(?=\{)", text)  # ComfyUI's in EXIF
         place, text = (label[1], text[label.end() :]) if label else (place, text)
         texts[place.lower()] = text
@@ -135,16 +139,17 @@ def _read_file(data):
 
 def _without_pixels(data):
     """Return what an image says of itself: Pillow reads no text behind the pixels of a PNG."""
+    if data.startswith(b"\xff\xd8"):  # a JPEG says it in front
+        return data[: 16 * MAX_TEXT]
     if not data.startswith(b"\x89PNG\r\n"):
-        return (
-            data[: 2 * MAX_TEXT] if data.startswith(b"\xff\xd8") else data
-        )  # a JPEG's is in front
+        return data
     chunks, start = {}, 8
     for _ in range(MAX_CHUNKS):
         [length] = struct.unpack_from(">I", data, start)
         kind, end = data[start + 4 : start + 8], start + 12 + length
-        if kind in (b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND"):
-            chunk = data[start : min(end, start + MAX_TEXT)]
+        kept = kind in (b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND")
+        if kept and length <= MAX_TEXT and len(chunks) < MAX_TEXTS:
+            chunk = data[start:end]
             if chunks.setdefault(chunk[4:].partition(b"\0")[0], chunk) != chunk:
                 raise ValueError("one of its texts stands there twice, differently")
         if kind == b"IEND":
@@ -158,8 +163,6 @@ def _decode(raw):
     if isinstance(raw, PngImagePlugin.iTXt):
         return str(raw)
     raw = raw.encode("latin-1") if isinstance(raw, str) else raw  # as Pillow read it
-    if len(raw) > MAX_TEXT:
-        raise ValueError(f"a text has more than {MAX_TEXT:,} bytes")
     raw = raw[8:] if raw.startswith((b"UNICODE\0", b"ASCII\0\0\0", bytes(8))) else raw
     encodings = ("utf-16-be", "utf-16-le") if b"\0" in raw.strip(b"\0") else ("utf-8", "latin-1")
     texts = [raw.decode(encoding, "replace").strip("\ufeff\0") for encoding in encodings]
@@ -189,8 +192,9 @@ def _read_command(text):
     if text.startswith("!") or not start:
         raise ValueError("it is a command, no prompt")
     prompt, settings = text[: start.start()].strip(), text[start.start() :]
-    while len(prompt) > 1 and prompt[0] == prompt[-1] == '"':
-        prompt = prompt[1:-1].replace('\\"', '"')
+    for _ in range(2):  # Dream Factory's may be quoted twice
+        if len(prompt) > 1 and prompt[0] == prompt[-1] == '"':
+            prompt = prompt[1:-1].replace('\\"', '"')
     if start[0].startswith(" -s"):
         return *_without_brackets(prompt), settings
     return prompt, settings.partition('--neg_prompt "')[2].partition('" --')[0], settings
