@@ -219,6 +219,8 @@ TWO_2 = changed(INVOKE_2, "image", "prompt", to=[{"prompt": "a"}, {"prompt": "b"
 DRAWN_ON = changed(INVOKE_2, "image", "type", to="img2img")
 TWO_IMAGINED = changed(IMAGINAIRY, "prompt", "prompts", to=[[1, "a"], [2, "b"]])
 SQUARE = INVOKE_3 | {"width": 48}
+CUT = node("ImageScale", image=["8", 0], width=48, height=64, crop="center")
+SAVE = node("SaveImage", images=["10", 0])
 RUINED = {"seed": 1, "software": "RuinedFooocus"}
 PREVIEW = {"n13": node("PreviewImage", images=["12", 0]), "n10": encode("quite another prompt")}
 PREVIEW |= {"n11": sampler(positive=["10", 0]), "n12": node("VAEDecode", samples=["11", 0])}
@@ -255,6 +257,7 @@ FOUND = {  # by writer and form: a file that holds PROMPT and NEGATIVE, unless O
         "JPEG in bare UTF-16": exif_file("JPEG", INFOTEXT.encode("utf-16-le")),
         "JPEG's comment": exif_file("JPEG", comment=INFOTEXT.encode()),
         "WebP": exif_file("WEBP", unicode_comment(INFOTEXT)),
+        "PNG's EXIF": exif_file("PNG", unicode_comment(INFOTEXT), tags=[(0x010F, "x")]),
     },
     "SD.Next": {"SD.Next": a1111(INFOTEXT + ", App: SD.Next")},
     "stable-diffusion.cpp": {"sd.cpp": a1111(INFOTEXT + ", Version: stable-diffusion.cpp")},
@@ -272,11 +275,13 @@ FOUND = {  # by writer and form: a file that holds PROMPT and NEGATIVE, unless O
         "guider": comfy(**FLUX),
         "zeroed negative": comfy(n7=node("ConditioningZeroOut", conditioning=["6", 0])),
         "two samplers": comfy(n10=SECOND, n8=node("VAEDecode", samples=["10", 0])),
-        "detailer": comfy(n10=DETAILER, n9=node("SaveImage", images=["10", 0])),
+        "detailer": comfy(n10=DETAILER, n9=SAVE),
         "a preview of another": comfy(**PREVIEW),
         "NaN": comfy(n6=encode(PROMPT) | {"is_changed": [float("nan")]}),
         "no save node": comfy(n9=node("PreviewImage", images=["8", 0])),
         "enlarged": png({"prompt": graph()}, size=LARGE),
+        "cut to a size": png({"prompt": graph(n10=CUT, n9=SAVE)}, size=(48, 64)),
+        "a size of another node": comfy(n5=node("EmptyLatentImage", width=["12", 0], height=512)),
         "placeholder beside": png({"parameters": UNKNOWN, "prompt": graph()}),
         "WebP": exif_file("WEBP", tags=[(0x010F, "workflow:{}"), (0x0110, f"prompt:{graph()}")]),
         "JPEG": exif_file("JPEG", tags=[(0x010F, f"Prompt: {graph()}")]),
@@ -372,9 +377,9 @@ TWO = {"n10": ANOTHER, "n11": sampler(positive=["10", 0], latent_image=["3", 0])
 TWO |= {"n8": node("VAEDecode", samples=["11", 0])}
 JOINED = node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["10", 0])
 OWN_WORDS = {"n10": changed(DETAILER, "inputs", "wildcard", to="a perfect face")}
-OWN_WORDS |= {"n9": node("SaveImage", images=["10", 0])}
+OWN_WORDS |= {"n9": SAVE}
 OWN_LINK = {"n10": changed(DETAILER, "inputs", "positive", to=["11", 0]), "n11": ANOTHER}
-OWN_LINK |= {"n9": node("SaveImage", images=["10", 0])}
+OWN_LINK |= {"n9": SAVE}
 OTHER_PIPE = PIPE | {"n12": node("ToBasicPipe", positive=["13", 0], negative=["7", 0])}
 OTHER_PIPE |= {"n13": ANOTHER, "n14": node("FaceDetailerPipe", pipe=["12", 0], image=["8", 0])}
 OTHER_PIPE |= {"n9": node("SaveImage", images=["14", 0])}
@@ -408,8 +413,8 @@ MISSING = {
     "other JSON": (a1111('{"prompt": "your name?", "type": "form"}'), "no prompt"),
     "no JSON": (a1111('{"prompt": "a fox", "seed": 1'), "parameters"),
     "a list": (png({"sd-metadata": "[1, 2]"}), "no prompt"),
-    "a number": (a1111('{"prompt": 7, "seed": 1}'), "ambiguous: it holds 0"),
-    "null": (a1111('{"prompt": null, "seed": 1}'), "ambiguous: it holds 0"),
+    "a number": (a1111('{"prompt": 7, "seed": 1}'), "no prompt"),
+    "null": (a1111('{"prompt": null, "seed": 1}'), "no prompt"),
     "lone surrogate": (a1111('{"prompt": "a \\ud800 fox", "seed": 1}'), "damaged"),
     "NUL": (a1111('{"prompt": "a \\u0000 fox", "seed": 1}'), "damaged"),
     "half of UTF-8": (

@@ -89,6 +89,9 @@ def stored_prompt(data):
 
 def _judge(prompt, negative, settings, picture, text):
     """Return what was found, unless it is no prompt or not this picture's."""
+    if text.startswith(("dream\n", "sd-metadata\n")):  # InvokeAI wrote: a cat [ugly]
+        negative = ", ".join(re.findall(r"\[([^\[\]]*)\]", prompt))
+        prompt = re.sub(r" ?\[[^\[\]]*\]", "", prompt)
     prompt, negative = prompt.strip(), negative.strip()
     if not any(map(str.isalnum, prompt)) or prompt.lower() in _TABLES["placeholders"]:
         raise ValueError(f"{prompt[:40]!r} is a placeholder")
@@ -195,57 +198,42 @@ def _read_command(text):
     for _ in range(2):  # Dream Factory's may be quoted twice
         if len(prompt) > 1 and prompt[0] == prompt[-1] == '"':
             prompt = prompt[1:-1].replace('\\"', '"')
-    if start[0].startswith(" -s"):
-        return *_without_brackets(prompt), settings
     return prompt, settings.partition('--neg_prompt "')[2].partition('" --')[0], settings
 
 
-def _without_brackets(prompt):
-    """Part a prompt from the negative one, which InvokeAI kept in brackets until version 3."""
-    negative = ", ".join(re.findall(r"\[([^\[\]]*)\]", prompt))
-    return re.sub(r" ?\[[^\[\]]*\]", "", prompt), negative
-
-
-def _read_json(tree, depth=4):
+def _read_json(tree):
     """Read a JSON object: each program has its own keys, some put one object into another."""
     nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
     nodes = {key: node for key, node in nodes.items() if isinstance(node.get("inputs"), dict)}
     if nodes:
         return _read_graph(nodes)
     flat = {re.sub("[ _-]", "", key).lower(): value for key, value in tree.items()}
+    novelai = str(flat.get("software")).startswith("NovelAI")
     for key in ("suiimageparams", "image", "comment", "prompt"):
         inner = flat.get(key)
         if isinstance(inner, str) and inner.lstrip().startswith("{"):
             with contextlib.suppress(ValueError):
                 inner = json.loads(inner)
-        if isinstance(inner, dict) and depth:
-            del flat[key]
-            return _read_json(flat | inner, depth - 1)
-    keys = ["positiveprompt", "prompt", "prompts"] + ["c"] * ("uc" in flat)
-    keys += ["description"] * str(flat.get("software")).startswith("NovelAI")
-    key = next(filter(flat.__contains__, keys), None)
-    if key is None or flat.keys().isdisjoint(_TABLES["settings"]):
+        if isinstance(inner, dict):
+            outer = {"prompt": flat.get("description"), "software": "NovelAI"} if novelai else {}
+            return _read_json(outer | inner)
+    keys = [key for key in ("positiveprompt", "prompt", "prompts", "c") if key in flat]
+    prompts = _strings([flat[key] for key in keys[:1]])
+    if not prompts or flat.keys().isdisjoint(_TABLES["settings"]):
         return None
-    prompts = _strings(flat[key])
-    if len(prompts) != 1:
+    if len(prompts) > 1:
         raise ValueError(f"ambiguous: it holds {len(prompts)} prompts")
-    key = next(filter(flat.__contains__, ("negativeprompt", "uc", "negative")), None)
-    negative = ", ".join(_strings(flat.get(key)))
-    if "appid" in flat and not negative:  # InvokeAI's second age
-        return *_without_brackets(prompts[0]), json.dumps(flat)
-    return prompts[0], negative, json.dumps(flat)
+    negatives = [flat[key] for key in ("negativeprompt", "uc", "negative") if key in flat]
+    return prompts[0], ", ".join(_strings(negatives[:1])), json.dumps(flat)
 
 
 def _strings(value):
-    """Return the texts within a value: lists pair them with weights."""
+    """Return the texts within a value: some lists pair them with weights."""
     if isinstance(value, str):
         return [value]
     values = value.values() if isinstance(value, dict) else value
-    return (
-        [text for inner in values for text in _strings(inner)]
-        if isinstance(value, dict | list)
-        else []
-    )
+    inner = values if isinstance(value, dict | list) else []
+    return [text for part in inner for text in _strings(part)]
 
 
 def _read_graph(nodes):
@@ -260,17 +248,16 @@ def _read_graph(nodes):
             behind.add(key)
             pending += _links(inputs[key]).values()
     drawing = sorted(behind.difference(savers))
-    guided = [key for key in drawing if "conditioning" in inputs[key]]
-    samplers = [key for key in drawing if "positive" in inputs[key]]
-    samplers += [key for key in guided if "guider" in kinds[key].lower()]
-    texts, negatives = _texts_behind(kinds, inputs, samplers or guided, "positive"), []
+    samplers = [key for key in drawing if "positive" in inputs[key] or "Guider" in kinds[key]]
+    texts, negatives = _texts_behind(kinds, inputs, samplers, "positive"), []
     if len(texts) != 1:
         raise ValueError(f"ambiguous: {len(texts)} texts stand behind the picture's samplers")
     with contextlib.suppress(ValueError):
         samplers = [key for key in drawing if "negative" in inputs[key]]
         negatives = _texts_behind(kinds, inputs, samplers, "negative")
-    latents = [inputs[key] for key in drawing if "latent" in kinds[key].lower()]
-    return texts[0], negatives[0] if len(negatives) == 1 else "", json.dumps(latents)
+    sized = [inputs[key] for key in drawing if re.search("Latent|Image", kinds[key])]
+    sized = json.dumps(sized) if "Latent" in "".join(map(kinds.get, drawing)) else ""
+    return texts[0], negatives[0] if len(negatives) == 1 else "", sized
 
 
 def _links(inputs):
