@@ -205,6 +205,22 @@ PIPE = {  # positive and negative travel through one link
     "n11": node("FromBasicPipe", basic_pipe=["10", 0]),
     "n3": sampler(positive=["11", 3], negative=["11", 4]),
 }
+CONTEXTS = {
+    "n10": node("Context", positive=["6", 0], negative=["7", 0], model=["4", 0]),
+    "n11": node("Context Big", base_ctx=["10", 0], seed=["99", 0]),
+    "n3": sampler(positive=["11", 4], negative=["11", 5]),
+}
+EASY_PIPE = {
+    "n4": node("easy fullLoader", positive=PROMPT, negative=NEGATIVE, batch_size=1),
+    "n10": node("easy preSampling", pipe=["4", 0], steps=20, seed=1),
+    "n3": node("easy kSampler", pipe=["10", 0], image_output="Save"),
+}
+DETAILERS = {
+    "n11": node("ToDetailerPipe", positive=["6", 0], negative=["7", 0], wildcard=""),
+    "n12": node("EditDetailerPipe", detailer_pipe=["11", 0], wildcard=""),
+    "n10": node("FaceDetailerPipe", image=["8", 0], detailer_pipe=["12", 0]),
+    "n9": node("SaveImage", images=["10", 0]),
+}
 FLUX = {
     "n3": node("SamplerCustomAdvanced", guider=["10", 0], latent_image=["5", 0], noise=["12", 0]),
     "n10": node("BasicGuider", model=["4", 0], conditioning=["11", 0]),
@@ -272,6 +288,12 @@ FOUND = {  # by writer and form: a file that holds PROMPT and NEGATIVE, unless O
         ),
         "ControlNet": comfy(n10=CONTROL, n3=sampler(positive=["10", 0], negative=["10", 1])),
         "reroute": comfy(n10=node("Reroute", **{"": ["6", 0]}), n3=sampler(positive=["10", 0])),
+        "contexts": comfy(**CONTEXTS),
+        "a pipe's loader": comfy(**EASY_PIPE),
+        "a pipe of detailers": comfy(**DETAILERS),
+        "a box beside": comfy(
+            n6=node("Power Prompt", prompt=PROMPT, lora="none", opt_clip=["4", 1])
+        ),
         "guider": comfy(**FLUX),
         "zeroed negative": comfy(n7=node("ConditioningZeroOut", conditioning=["6", 0])),
         "two samplers": comfy(n10=SECOND, n8=node("VAEDecode", samples=["10", 0])),

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from rsdlib import files
+from rsdlib.data.images import FORMATS
 from rsdlib.data.parts import open_part
 
 MAX_TEXT = 2**20  # bytes of one text; ComfyUI's large graphs have 0.3 MB
@@ -126,7 +127,7 @@ def _read_file(data):
         path = files.resolve_path(data)
         with open_part(path.parent) as part:
             data = part.read(path.name)
-    with Image.open(io.BytesIO(_without_pixels(data))) as image:
+    with Image.open(io.BytesIO(_without_pixels(data)), formats=FORMATS) as image:
         exif = Image.Image.getexif(image)  # a PNG's own would decode its pixels
         tags = [*exif.items(), *exif.get_ifd(0x8769).items()]
         fields = [*image.info.items(), *((_EXIF[tag], text) for tag, text in tags if tag in _EXIF)]
@@ -287,7 +288,7 @@ def _texts_behind(kinds, inputs, samplers, role):
         others = set(names).difference(holders)
         edits = [name for name in others if isinstance(inputs[key][name], str)]
         makes = [name for name in (kinds[key], *others) if _FIND["makes_words"].search(name)]
-        if holders and (makes or (edits and "clip" not in inputs[key])):
+        if holders and (makes or (edits and "clip" not in " ".join(inputs[key]))):
             raise ValueError(f"ambiguous: its graph makes words ({kinds[key]})")
         if not found + links:
             raise ValueError(f"ambiguous: no text is known behind {kinds[key]}")
