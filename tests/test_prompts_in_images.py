@@ -291,9 +291,7 @@ FOUND = {  # by writer and form: a file that holds PROMPT and NEGATIVE, unless O
         "contexts": comfy(**CONTEXTS),
         "a pipe's loader": comfy(**EASY_PIPE),
         "a pipe of detailers": comfy(**DETAILERS),
-        "a box beside": comfy(
-            n6=node("Power Prompt", prompt=PROMPT, lora="none", opt_clip=["4", 1])
-        ),
+        "settings beside": comfy(n6=node("Prompt", prompt=PROMPT, lora="none", opt_clip=["4", 1])),
         "guider": comfy(**FLUX),
         "zeroed negative": comfy(n7=node("ConditioningZeroOut", conditioning=["6", 0])),
         "two samplers": comfy(n10=SECOND, n8=node("VAEDecode", samples=["10", 0])),
