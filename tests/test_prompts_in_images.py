@@ -540,9 +540,9 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_metadata_end_in_time(case):
     data = HOSTILE[case]()
-    start = time.perf_counter()
+    start = time.process_time()
     found = stored_prompt(data)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert found.prompt in (None, PROMPT)
     assert found.reason or found.prompt
 
@@ -648,7 +648,7 @@ def test_plain_is_fast_and_total():
         once = plain(prompt)
         assert isinstance(once, str)
         assert plain(once) == once
-    start = time.perf_counter()
+    start = time.process_time()
     for part in ("(", "[a:", "[a|", ":", "_", " ", ", ", "<lora:", "\\(", "1", "(x:1."):
         plain(part * (50_000 // len(part)))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
