@@ -1,6 +1,14 @@
 """What predictions are worth: scores and how sure they are, comparisons, tables and figures."""
 
 from rsdlib.analysis import tables
+from rsdlib.analysis.explorers import (
+    explore_dakl,
+    explore_map,
+    explore_pairs,
+    explore_readers,
+    explore_swap,
+    spread,
+)
 from rsdlib.analysis.metrics import (
     bootstrap_ci,
     clipscore,
