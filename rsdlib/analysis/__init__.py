@@ -7,6 +7,7 @@ from rsdlib.analysis.explorers import (
     explore_pairs,
     explore_readers,
     explore_swap,
+    plane,
     spread,
 )
 from rsdlib.analysis.metrics import (

@@ -222,8 +222,8 @@ def plane(embeddings):
     key = files.checksum({"embeddings": embeddings})[:16]
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
     how = {"metric": "cosine", "init": "random", "random_state": 0, "perplexity": perplexity}
-    make = functools.partial(TSNE(**how).fit_transform, embeddings)
-    return files.cached_rows(files.cache_dir() / "planes" / f"{key}.npy", make)
+    path = files.cache_dir() / "planes" / f"{key}.npy"
+    return files.cached_rows(path, lambda: TSNE(**how).fit_transform(embeddings))
 
 
 def explore_map(embeddings, pictures, frame):
@@ -270,8 +270,11 @@ def explore_swap(pictures, prompts, encoders, places, measures, original):
     content = {"prompts": list(prompts), "encoders": list(encoders), "places": list(places)}
     content |= {"measures": {k: np.round(v, 4) for k, v in measures.items()}}
     content |= {"original": {k: np.round(v, 4) for k, v in original.items()}}
-    means = {k: np.nanmean(v, axis=0) for k, v in measures.items()}
-    tables = [f"{k}, mean\n{pd.DataFrame(v, encoders, places).round(3)}" for k, v in means.items()]
+    tables = []
+    for kind, values in measures.items():
+        several = pd.concat([pd.DataFrame(one, encoders, places) for one in values])
+        table = several.groupby(level=0, sort=False).mean().round(3)
+        tables.append(f"{kind}, mean over {len(values)} prompts\n{table}")
     side = min(pictures.shape[-1], 128)
     return Explorer("swap", content | _sheet(flat, side), "\n".join(tables), 560)
 

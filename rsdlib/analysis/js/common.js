@@ -5,7 +5,7 @@ const STYLE = `
   color: var(--jp-ui-font-color1, CanvasText); background: var(--jp-layout-color1, Canvas); }
 .rsd .bar { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center; margin-bottom: 8px; }
 .rsd .two { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; }
-.rsd .side { flex: 1 1 260px; min-width: 0; max-width: 100%; }
+.rsd .side { flex: 1 1 230px; min-width: 0; max-width: 100%; }
 .rsd .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 9em; overflow-y: auto; unicode-bidi: plaintext; }
 .rsd .scroll { overflow: auto; max-height: 460px; max-width: 100%; border: 1px solid #8886; }
 .rsd button, .rsd select, .rsd input { font: inherit; color: inherit; background: var(--jp-layout-color2, Field);

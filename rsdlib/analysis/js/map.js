@@ -2,7 +2,7 @@
 
 export default explorer((model, data, box) => {
   const { prompts, numbers, kinds, x, y } = data;
-  const n = prompts.length, width = 620, height = 460, sharp = window.devicePixelRatio || 1;
+  const n = prompts.length, width = 560, height = 440, sharp = window.devicePixelRatio || 1;
   let chosen = new Set(model.get("selected")), cursor = 0, by = [...Object.keys(numbers), ...Object.keys(kinds)][0], lasso = [];
   const canvas = make("canvas", { width: width * sharp, height: height * sharp, tabindex: 0, role: "application",
     "aria-label": "map of prompts: arrow keys go to the next prompt that way, Enter selects it, a drawn line selects what is inside" });

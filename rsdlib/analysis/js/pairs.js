@@ -9,7 +9,7 @@ export default explorer((model, data, box) => {
   let least = 0, most = 100;
 
   const canvas = make("canvas", { tabindex: 0, role: "application", "aria-label": "grid of pairs: arrow keys move, Enter selects" });
-  const scroll = make("div", { class: "scroll", style: "flex:2 1 420px" }, canvas);
+  const scroll = make("div", { class: "scroll", style: "flex:2 1 360px" }, canvas);
   const side = make("div", { class: "side", "aria-live": "polite" });
   const count = make("span", { class: "dim", role: "status" });
   const columns = () => Math.max(Math.floor((scroll.clientWidth - 16) / size), 4);
@@ -64,7 +64,7 @@ export default explorer((model, data, box) => {
     if (causes.length) rows.push(["causes", causes.join(", ")]);
     const curve = data.curves && data.curves[i];
     const parts = [portrait(data, i, 160, prompts[i]), make("div", { class: "text" }, prompts[i]), facts(rows)];
-    if (curve) parts.push(chart([{ name: "difficulty", values: curve }], curve.map((_, e) => e + 1), { axis: "difficulty over epochs", height: 140, width: 300 }));
+    if (curve && curve.some((value) => value !== null)) parts.push(chart([{ name: "difficulty", values: curve }], curve.map((_, e) => e + 1), { axis: "difficulty over epochs", height: 140, width: 300 }));
     side.replaceChildren(...parts);
   }
 

@@ -1,0 +1,95 @@
+"""Build the book of a profile's executed notebooks: python book/build.py --profile mini."""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+HERE = Path(__file__).parent
+ROOMS = ("data", "models", "training", "ensemble", "analysis")
+OTHERS = ("experiment", "predict", "config", "weights", "files", "runtime", "errors", "cli")
+
+
+def build(executed, out):
+    """Build the book of the executed notebooks in a folder; return the front page."""
+    work = out.parent / f"{out.name}-sources"
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(HERE.parent / "figures", work / "figures", ignore=_but_pictures)
+    shutil.copy(HERE / "conf.py", work)
+    (work / "notebooks").mkdir()
+    for path in sorted(executed.glob("[0-9][0-9]_*.ipynb")):
+        nbformat.write(prepared(nbformat.read(path, 4)), work / "notebooks" / path.name)
+    names = [path.stem for path in sorted((work / "notebooks").iterdir())]
+    if not names:
+        sys.exit(f"no executed notebook is in {executed}: run them first, make reproduce")
+    _write_pages(work, names)
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", "2", str(work), str(out)]
+    subprocess.run(command, check=True)
+    return out / "index.html"
+
+
+def _but_pictures(folder, names):
+    return [name for name in names if not name.endswith(".png")]
+
+
+def prepared(notebook):
+    """Return a notebook as the book shows it: code folded, figures with a text, pages alive."""
+    notebook.metadata.pop("widgets", None)
+    said = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            said = _first_sentence(cell.source) or said
+            continue
+        tags = set(cell.metadata.get("tags", []))
+        cell.metadata["tags"] = sorted(
+            (tags - {"parameters", "injected-parameters"}) | {"hide-input"}
+        )
+        cell.metadata["mystnb"] = {"image": {"alt": said, "width": "100%"}}
+        for output in cell.outputs:
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    return notebook
+
+
+def _first_sentence(text):
+    """Return the first sentence of a Markdown cell, without its marks."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    line = next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line)
+    return re.split(r"(?<=[.?!:])\s", re.sub(r"[*_`$#\\]", "", plain).strip())[0][:200]
+
+
+def _write_pages(work, names):
+    """Write the front page, and one for each room of the package."""
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    for name in names:
+        readme = readme.replace(f"(notebooks/{name}.ipynb)", f"(notebooks/{name}.ipynb)")
+    known = {f"notebooks/{name}.ipynb" for name in names}
+
+    def link(match):
+        text, target = match.groups()
+        inside = target.startswith(("figures/", "#", "http")) or target in known
+        return match.group(0) if inside else text
+
+    front = re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]*)\)", link, readme)
+    toc = "\n\n```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n"
+    pages = [f"notebooks/{name}" for name in names]
+    rooms = [f"package/{room}" for room in (*ROOMS, *OTHERS)]
+    front += toc % ("Notebooks", "\n".join(pages)) + toc % ("The package", "\n".join(rooms))
+    (work / "index.md").write_text(front, encoding="utf-8")
+    (work / "package").mkdir()
+    for room in (*ROOMS, *OTHERS):
+        inner = ":imported-members:" if room in ROOMS else ":no-imported-members:"
+        text = f"# rsdlib.{room}\n\n```{{eval-rst}}\n.. automodule:: rsdlib.{room}\n   :members:\n"
+        (work / "package" / f"{room}.md").write_text(f"{text}   {inner}\n```\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "book")
+    asked = parser.parse_args()
+    print(build(HERE.parent / "runs" / asked.profile / "notebooks", asked.out.absolute()))

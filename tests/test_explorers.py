@@ -1,0 +1,268 @@
+"""Explorers: what they pack, what they say as text, and that they answer in a browser."""
+
+import base64
+import json
+import re
+import time
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from browser import browser, watched
+
+from rsdlib import analysis
+from rsdlib.analysis.explorers import Explorer, plane
+from rsdlib.errors import BadImageError, BadValueError
+from rsdlib.predict import Prediction
+
+EVIL = (
+    "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">",
+    "$$\\frac{1}{2}$$ costs $5 and `code` & \"quotes' </iframe></script>",
+    "🦊 a fox, 狐狸",
+    "שלום עולם, a picture",
+    "word " * 599 + "end",
+    "a line\nand another\u2028and a third",
+)
+N = 40
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One explorer of each kind, with hostile prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RSD_ROOT", str(tmp_path_factory.mktemp("root")))
+        return _made()
+
+
+def _made():
+    rng = np.random.default_rng(0)
+    prompts = [*EVIL, *(f"a cat and {i} dogs" for i in range(N - len(EVIL)))]
+    pictures = rng.integers(0, 255, (N, 3, 16, 16), dtype=np.uint8)
+    frame = pd.DataFrame({"prompt": prompts, "difficulty": np.arange(N) / N})
+    frame["split"] = ["train", "val"] * (N // 2)
+    frame["two things"] = np.arange(N) >= N // 2
+    units = np.eye(N, dtype=np.float32)
+    words = [[("cat", 0.9), ("script", 0.4)]] * N
+    answer = Prediction(units, words, [[(prompt, 0.5)] for prompt in prompts])
+    curves = np.where(frame[["two things"]], np.nan, rng.random((N, 3)))
+    kinds = {"CLIPScore": rng.random((3, 2, 4)), "judge": np.full((3, 2, 4), np.nan)}
+    kinds["judge"][:, :, 0] = 0.25
+    drawn = pictures[:27].reshape(3, 9, 3, 16, 16)
+    original = {kind: values[:, 0, 0] for kind, values in kinds.items()}
+    places = ["1", "2", "10%", "50%"]
+    cells = {(g, a): np.roll(units, int(a > 1), axis=0) for g in (0.1, 1.0) for a in (0.1, 1, 10)}
+    return {
+        "readers": analysis.explore_readers(pictures, prompts, {"vit": answer}, units, prompts),
+        "pairs": analysis.explore_pairs(pictures, frame, curves),
+        "map": analysis.explore_map(rng.random((N, 5)), pictures, frame),
+        "swap": analysis.explore_swap(drawn, prompts[:3], ["a", "b"], places, kinds, original),
+        "dakl": analysis.explore_dakl(cells, np.roll(units, 1, axis=0), units),
+    }
+
+
+def unpacked(explorer):
+    return json.loads(zlib.decompress(base64.b64decode(explorer.payload)))
+
+
+@pytest.mark.parametrize("name", ["readers", "pairs", "map", "swap"])
+def test_prompts_arrive_as_they_are(made, name):
+    told = unpacked(made[name])["prompts"]
+    assert told[:3] == list(EVIL[:3])
+    assert set(told[len(EVIL) :]) <= {f"a cat and {i} dogs" for i in range(N)}
+
+
+def test_what_is_missing_is_null(made):
+    told = unpacked(made["pairs"])
+    assert told["curves"][-1] == [None] * 3
+    assert told["flags"] == {"two things": [0] * (N // 2) + [1] * (N // 2)}
+    assert unpacked(made["swap"])["measures"]["judge"][0][0] == [0.25, None, None, None]
+
+
+@pytest.mark.parametrize("name", ["readers", "pairs", "map", "swap", "dakl"])
+def test_a_page_needs_nothing_from_elsewhere(made, name):
+    page = made[name].page()
+    assert set(re.findall(r"https?://[^\s\"'&]+", page)) <= {"http://www.w3.org/2000/svg"}
+    assert page.count("<iframe") == page.count("</iframe>") == 1
+    assert "import " not in re.sub(r"//.*", "", page)
+
+
+def test_text_for_terminals_tells_what_is_shown(made):
+    assert "40 pairs" in repr(made["pairs"])
+    assert "0.975" in repr(made["pairs"])
+    assert "TRUE: <script>" in repr(made["readers"])
+    assert "0.25" in repr(made["swap"])
+    assert "0% DAKL" not in repr(made["dakl"])
+    assert "the ensemble alone 0.0000" in repr(made["dakl"])
+
+
+def test_dakl_scores_every_blend(made):
+    told = unpacked(made["dakl"])
+    blend = np.array(told["cosines"])[0, 0]  # of what is right with what is wrong
+    shares = np.linspace(0, 1, 21)
+    expected = shares / np.hypot(shares, 1 - shares)
+    np.testing.assert_allclose(blend, expected, atol=1e-5)
+    assert told["off"] == 0
+
+
+def test_selected_rows_are_rows_of_the_table(made):
+    explorer = made["pairs"]
+    explorer.selected = [3, 1]
+    assert explorer.rows.index.tolist() == [3, 1]
+    explorer.selected = []
+
+
+def test_headless_the_page_stays_and_nothing_is_live(made, monkeypatch):
+    monkeypatch.setenv("RSD_HEADLESS", "1")
+    assert set(made["map"]._repr_mimebundle_()) == {"text/plain", "text/html"}
+    monkeypatch.delenv("RSD_HEADLESS")
+    bundle = made["map"]._repr_mimebundle_()
+    bundle = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+
+
+def test_a_picture_handed_in_is_answered_or_refused_by_name(made):
+    unit = np.eye(1, 384, dtype=np.float32)
+    read = Prediction(unit, [[("cat", 0.9)]], [[]])
+
+    def ask(image):
+        if image == b"broken":
+            raise BadImageError("yours", "memory", "cut short")
+        return np.zeros((3, 8, 8), np.uint8), "", {"vit": read}
+
+    none = np.zeros((1, 3, 8, 8), np.uint8)
+    explorer = analysis.explore_readers(none, ["before"], {"vit": read}, ask=ask)
+    explorer.question = {"path": "my.png", "number": 1}
+    assert unpacked(explorer)["prompts"] == [""]
+    explorer.question = {"content": base64.b64encode(b"broken").decode(), "number": 2}
+    assert "cut short" in unpacked(explorer)["said"]
+    assert unpacked(explorer)["prompts"] == ["before"]
+
+
+def test_the_plane_is_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("RSD_ROOT", str(tmp_path))
+    points = np.random.default_rng(1).random((12, 4))
+    first = np.array(plane(points))
+    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", None)
+    np.testing.assert_array_equal(plane(points), first)
+    with pytest.raises(BadValueError, match="different lengths"):
+        analysis.explore_map(points, np.zeros((3, 3, 8, 8), np.uint8), pd.DataFrame())
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as started:
+        yield started
+
+
+def shown(page, explorer, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(f"<!doctype html><meta charset=utf-8>{explorer.page()}", encoding="utf-8")
+    page.goto(path.as_uri())
+    frame = page.frames[1]
+    frame.locator(".rsd .bar").first.wait_for()
+    return frame
+
+
+def answered(frame, move, text):
+    """Return the seconds until a text stands there after a move, in the browser's own clock."""
+    start = time.perf_counter()
+    move()
+    frame.get_by_text(text).first.wait_for()
+    return time.perf_counter() - start
+
+
+def test_readers_answer(chromium, made, tmp_path):
+    with watched(chromium) as page:
+        frame = shown(page, made["readers"], tmp_path)
+        for prompt in EVIL[:4]:
+            assert prompt in frame.locator(".rsd").inner_text()
+            frame.get_by_role("button", name="next").click()
+        frame.get_by_label("search in prompts").fill("39 dogs")
+        assert "no prompt holds" in frame.locator(".bar").first.inner_text()
+        frame.get_by_label("search in prompts").fill("cat 33")
+        assert "a cat and 33 dogs" in frame.locator(".rsd").inner_text()
+        assert frame.locator(".right").all_inner_texts() == ["✓ cat 0.9"]
+        frame.get_by_role("button", name="worst").click()
+        assert page.title() != "taken"
+
+
+def test_pairs_answer_to_mouse_and_keys(chromium, made, tmp_path):
+    with watched(chromium) as page:
+        frame = shown(page, made["pairs"], tmp_path)
+        grid = frame.get_by_role("application")
+        grid.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        frame.get_by_text("40 of 40 pairs, 1 selected").wait_for()
+        frame.get_by_label("from", exact=True).fill("50")
+        frame.get_by_text("20 of 40 pairs, 1 selected").wait_for()
+        frame.get_by_label("split").select_option("val")
+        frame.get_by_text("10 of 40 pairs, 1 selected").wait_for()
+        frame.get_by_label("cause").select_option("two things")
+        frame.get_by_role("button", name="select all shown").click()
+        frame.get_by_text("10 of 40 pairs, 11 selected").wait_for()
+        grid.hover(position={"x": 45, "y": 15})
+        assert "a cat and 17 dogs" in frame.locator(".rsd").inner_text()
+
+
+def test_the_map_answers_to_lasso_and_keys(chromium, made, tmp_path):
+    with watched(chromium) as page:
+        frame = shown(page, made["map"], tmp_path)
+        place = frame.get_by_role("application").bounding_box()
+        corners = [(2, 2), (555, 2), (555, 435), (2, 435), (2, 200), (3, 100), (4, 50)]
+        page.mouse.move(place["x"] + 2, place["y"] + 2)
+        page.mouse.down()
+        for x, y in corners:
+            page.mouse.move(place["x"] + x, place["y"] + y, steps=3)
+        page.mouse.up()
+        frame.get_by_text("40 prompts, 40 selected").wait_for()
+        frame.get_by_role("button", name="clear").click()
+        frame.get_by_label("search in prompts").fill("cat")
+        frame.get_by_role("button", name="select found").click()
+        frame.get_by_text("34 of 40 prompts, 34 selected").wait_for()
+        frame.get_by_label("coloured by").select_option("split")
+        assert "train" in frame.locator(".rsd").inner_text()
+        frame.get_by_role("application").focus()
+        before = frame.locator(".side").inner_text()
+        for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
+            page.keyboard.press(key)
+            if frame.locator(".side").inner_text() != before:
+                return
+        raise AssertionError("no key moves")
+
+
+def test_swap_and_dakl_answer_to_their_sliders(chromium, made, tmp_path):
+    with watched(chromium) as page:
+        frame = shown(page, made["swap"], tmp_path)
+        sliders = frame.get_by_role("slider")
+        for number in range(3):
+            sliders.nth(number).focus()
+            page.keyboard.press("ArrowRight")
+        text = frame.locator(".rsd").inner_text()
+        assert "b, from step 2" in text
+        assert EVIL[1] in text
+        frame = shown(page, made["dakl"], tmp_path)
+        sliders = frame.get_by_role("slider")
+        sliders.nth(2).focus()
+        page.keyboard.press("Home")
+        assert "cosine 0.0000" in frame.locator(".rsd").inner_text()
+
+
+@pytest.mark.parametrize("name", ["readers", "pairs", "map", "swap", "dakl"])
+def test_narrow_and_dark(chromium, made, tmp_path, name):
+    with watched(chromium, width=360, color_scheme="dark") as page:
+        frame = shown(page, made[name], tmp_path)
+        wide = frame.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert wide <= 0
+        box = frame.locator(".rsd")
+        style = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
+        light = [sum(map(int, re.findall(r"\d+", c)[:3])) for c in box.evaluate(style)]
+        assert light[0] > light[1] + 300
+
+
+def test_explorers_are_of_one_kind(made):
+    assert all(isinstance(explorer, Explorer) for explorer in made.values())
