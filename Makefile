@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help reproduce publish publish-real test slow lab lint bench mini-world clean
+.PHONY: help reproduce publish publish-real test slow lab kernel book lint bench mini-world clean
 
 help:
 	@echo "make reproduce  every notebook, results below runs/ (PROFILE=smoke|mini|paper, JOBS=2)"
 	@echo "make test       the test suite        make slow     the tests that need minutes"
 	@echo "make lab        JupyterLab            make lint     ruff and nbstripout"
+	@echo "make book       executed notebooks as a site    make kernel  for a JupyterLab started elsewhere"
 	@echo "make publish    what figures/ and the README's tables hold (hours; resumes)"
 	@echo "make bench      the benchmarks        make mini-world  train and sample the mini world again (hours)"
 
@@ -20,8 +21,8 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv 2>/dev/null || echo "uv is not to be had: using pip"
 	@if $(BIN)/python -m uv --version >/dev/null 2>&1; \
-	then $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[test,dist,real]'; \
-	else $(BIN)/python -m pip install --quiet -e '.[test,dist,real]'; fi
+	then $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[test,dist,real,book]'; \
+	else $(BIN)/python -m pip install --quiet -e '.[test,dist,real,book]'; fi
 	@touch $@
 
 # --- notebooks side by side: each waits for those whose runs it reads ------------------------------
@@ -80,8 +81,18 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout=1800
 
+# Opens on a page that says what is here; kernels speak through files, not through the network.
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	@$(BIN)/python book/start.py
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/runs/start.ipynb --KernelManager.transport=ipc
+
+# For a JupyterLab or an editor that was started elsewhere.
+kernel: $(READY)
+	$(BIN)/python -m ipykernel install --user --name rsd --display-name "Reverse Stable Diffusion"
+
+# The executed notebooks of a profile as a site that opens from a file: runs/book/index.html
+book: $(READY)
+	@$(BIN)/python book/build.py --profile $(PROFILE)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

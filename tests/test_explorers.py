@@ -92,7 +92,7 @@ def test_text_for_terminals_tells_what_is_shown(made):
     assert "0.975" in repr(made["pairs"])
     assert "TRUE: <script>" in repr(made["readers"])
     assert "0.25" in repr(made["swap"])
-    assert "0% DAKL" not in repr(made["dakl"])
+    assert "100% DAKL" in repr(made["dakl"])
     assert "the ensemble alone 0.0000" in repr(made["dakl"])
 
 
