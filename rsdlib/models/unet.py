@@ -4,8 +4,10 @@ The paper's white-box backbone (supplementary, section 8) and its U-Net swap (se
 """
 
 import copy
+import inspect
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 
 from rsdlib import files
 from rsdlib.config import as_dict
-from rsdlib.errors import BadValueError, CheckpointError, ConfigError
+from rsdlib.errors import BadValueError, CheckpointError, ConfigError, refusing
 from rsdlib.models.blip import open_captioner
 from rsdlib.models.encoders import FrontedEncoder, no_model, pipeline_folder
 from rsdlib.models.heads import JointObjective
@@ -388,6 +390,10 @@ def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
     ``start_step=1``. The pipeline handed in is not changed; everything but the encoder's weights is
     shared with it.
 
+    Steps are counted in what runs: under any scheduler, of its own timesteps, of image-to-image
+    those that are left, also where the U-Net has been handed on to another pipeline. Several
+    evaluations of one step (Heun, KDPM2) are one.
+
     Parameters
     ----------
     pipe : diffusers.StableDiffusionPipeline
@@ -412,27 +418,78 @@ def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
         The encoder is of another architecture.
     BadValueError
         `start_step` or `blend` is out of range, or there is no such part; a number of steps above
-        the sampler's own is refused when sampling begins.
+        the run's own, or a timestep that its scheduler does not have, is refused in sampling.
     """
     if not -1 <= blend <= 1:
         raise BadValueError(f"blend = {blend} is not between -1 and 1")
     switch_step(start_step, pipe.scheduler.config.num_train_timesteps)  # as many as there may be
-    decoder = [part for name, part in pipe.unet.named_children() if name in DROPPED]
-    swapped = copy.deepcopy(pipe.unet, {id(part): part for part in decoder})
+    kept = [part for name, part in pipe.unet.named_children() if name in DROPPED]
+    kept.append(vars(pipe.unet).get("forward"))  # of an earlier swap
+    swapped = copy.deepcopy(pipe.unet, {id(part): part for part in kept})
     into_unet(encoder, swapped, blend, parts)
     again = copy.copy(pipe)
     again.unet = swapped
-
-    def forward(sample, timestep, *args, **options):
-        """Denoise with the U-Net whose turn it is."""
-        steps = again.scheduler.timesteps.unique()  # some samplers repeat a step
-        done = int((steps > torch.as_tensor(timestep, device=steps.device)).sum())
-        if done < switch_step(start_step, len(steps)):
-            return pipe.unet(sample, timestep, *args, **options)
-        return type(swapped).forward(swapped, sample, timestep, *args, **options)
-
-    swapped.forward = forward
+    swapped.forward = _Turns(again, pipe.unet, swapped, start_step)
     return again
+
+
+@dataclass(eq=False)
+class _Turns:
+    """Denoises with the U-Net whose turn it is at the step that the pipeline has reached."""
+
+    pipe: object
+    own: nn.Module
+    swapped: nn.Module
+    start_step: float
+    timesteps: object = ()  # the scheduler's: other ones in each run
+    run: tuple = ()  # those of them that are evaluated in this one
+    place: int = -1  # which of these was the last
+
+    def __call__(self, sample, timestep, *args, **options):
+        """Denoise as a U-Net does."""
+        step, steps = self._reach(float(torch.as_tensor(timestep).flatten()[0]))
+        early = step < switch_step(self.start_step, steps)
+        unet = self.own if early else self.swapped
+        half, shared = unet.conv_in.weight, unet.conv_out.weight  # the latter moves with either
+        if (half.device, half.dtype) != (shared.device, shared.dtype):
+            unet.to(shared)
+        forward = unet if early else partial(type(unet).forward, unet)
+        return forward(sample, timestep, *args, **options)
+
+    def _reach(self, timestep):
+        """Return the denoising step that a timestep belongs to, and how many this run has.
+
+        A step that needs several evaluations is one; so is a timestep that a sampler repeats.
+        """
+        running = _running_pipeline()
+        count = getattr(running, "num_timesteps", None)  # image-to-image leaves the first ones out
+        scheduler = (running or self.pipe).scheduler
+        order, timesteps = scheduler.order, scheduler.timesteps
+        unknown = f"the swap cannot tell the step of timestep {timestep:g}: {{}}"
+        fix = "Sample with the pipeline, or set the timesteps of its own scheduler."
+        with refusing((ValueError, AttributeError), BadValueError, unknown, fix):
+            if timesteps is not self.timesteps:
+                whole = timesteps.tolist()
+                run = whole[-count:] if count else whole[whole.index(timestep) :]
+                self.run = run if order > 1 else list(dict.fromkeys(run))
+                self.timesteps, self.place = timesteps, -1
+            if timestep in self.run[self.place + 1 :]:
+                self.place = self.run.index(timestep, self.place + 1)
+            elif timestep != self.run[self.place]:
+                self.place = self.run.index(timestep)
+        return self.place // order, -(-len(self.run) // order)
+
+
+def _running_pipeline():
+    """Return the pipeline that is calling its U-Net: perhaps another than the one swapped in."""
+    from diffusers import DiffusionPipeline
+
+    frame = inspect.currentframe()
+    while frame:
+        if isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
 
 
 def switch_step(start_step, steps):
