@@ -427,3 +427,85 @@ def test_rows_are_sampled_as_they_say(pipe):
         assert np.abs(image.astype(int) - alone).max() <= 1
     with pytest.raises(BadTableError, match=r"step.*cfg"):
         models.sample_rows(pipe, rows[["prompt", "seed"]])
+
+
+ROWS = {"prompt": PROMPTS[:1] * 3, "seed": [3, 4, 5], "step": [2] * 3, "cfg": [2.0] * 3}
+
+
+def test_rows_have_their_own_size(pipe, capsys):
+    import pandas as pd
+
+    sizes = {"width": [16, 24, 0], "height": [48, None, 40], "sampler": ["ddim"] * 3}
+    images = models.sample_rows(pipe, pd.DataFrame({**ROWS, **sizes}))
+    assert [image.shape for image in images] == [(48, 16, 3), (32, 32, 3), (32, 32, 3)]
+    assert "size of 2 rows" in capsys.readouterr().out
+    alone = models.sample(pipe, PROMPTS[:1], [3], 2, 2.0, height=48, width=16)[0]
+    assert np.abs(images[0].astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "scheduler"),
+    [
+        (1, "ddim", "DDIMScheduler"),
+        (2.0, "plms", "PNDMScheduler"),
+        (3, "k_euler", "EulerDiscreteScheduler"),
+        (4, "k_euler_ancestral", "EulerAncestralDiscreteScheduler"),
+        ("5", "k_heun", "HeunDiscreteScheduler"),
+        (6, "k_dpm_2", "KDPM2DiscreteScheduler"),
+        (7, "k_dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"),
+        (np.uint8(8), "k_lms", "LMSDiscreteScheduler"),
+    ],
+)
+def test_rows_have_their_own_sampler(pipe, monkeypatch, code, name, scheduler):
+    import pandas as pd
+
+    used = []
+
+    def drawn(pipe, prompts, seeds, *how):
+        used.append((type(pipe.scheduler).__name__, pipe.scheduler.config))
+        return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(sampling, "sample", drawn)
+    for sampler in (code, name):
+        models.sample_rows(pipe, pd.DataFrame({**ROWS, "sampler": [sampler] * 3}))
+    assert [kind for kind, _ in used] == [scheduler] * 2
+    assert all(config["beta_end"] == pipe.scheduler.config.beta_end for _, config in used)
+    assert used[0][1].get("skip_prk_steps") is (True if name == "plms" else None)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+
+
+def test_another_sampler_paints_another_picture(pipe):
+    import pandas as pd
+
+    rows = pd.DataFrame({**ROWS, "seed": [3] * 3, "sampler": [8, 1, 4]})
+    euler = with_scheduler(pipe, "EulerAncestralDiscreteScheduler")
+    lms, ddim, ancestral = models.sample_rows(pipe, rows)
+    assert (lms != ddim).any()
+    for image, own in ((ddim, pipe), (ancestral, euler)):
+        alone = models.sample(own, PROMPTS[:1], [3], 2, 2.0)[0]
+        assert np.abs(image.astype(int) - alone).max() <= 1
+
+
+def test_samplers_that_are_not_known_are_said_not_guessed(pipe, capsys):
+    import pandas as pd
+
+    same = pd.DataFrame({**ROWS, "seed": [3] * 3, "width": 32, "height": 32})
+    own = models.sample_rows(pipe, same.assign(sampler=[9, 1, None]))
+    assert "sampler of 2 rows" in capsys.readouterr().out
+    np.testing.assert_array_equal(own[0], own[2])
+    models.sample_rows(pipe, same.iloc[:1].assign(sampler="k_dpm_adaptive"))
+    assert "sampler of 1 rows" in capsys.readouterr().out
+    models.sample_rows(pipe, same.iloc[:1].assign(sampler="ddim"))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": [3, None, 5]}, {"step": [2, 0, 2]}, {"cfg": ["2", "?", "2"]}, {"width": [8, 9, 8]}],
+)
+def test_rows_that_cannot_be_sampled_again_are_named(pipe, changes):
+    import pandas as pd
+
+    rows = pd.DataFrame({**ROWS, "height": [8] * 3, "id": ["a", "b", "c"], **changes})
+    with pytest.raises(BadTableError, match=r"row b cannot be sampled again: .*'seed'"):
+        models.sample_rows(pipe, rows)

@@ -1,6 +1,11 @@
 """Stable Diffusion as the maker of the data: open it, sample from it, sample a row again."""
 
+import copy
+import tomllib
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import torch
 
 from rsdlib import files, runtime, weights
@@ -120,29 +125,77 @@ def weights_of(name):
 
 
 def sample_rows(pipe, pairs):
-    """Sample rows of a table again from the seed, steps and guidance that they state.
+    """Sample rows of a table again as they were: seed, steps, guidance, size and sampler.
+
+    Where a row does not tell its size, or no sampler that is known, the pipeline's own is taken; a
+    line says so.
 
     Parameters
     ----------
     pipe : diffusers.StableDiffusionPipeline
-        The one that made them; samplers are not told apart, the pipeline's own is used.
+        The one that made them.
     pairs : DataFrame
-        With DiffusionDB's columns prompt, seed, step and cfg.
+        With DiffusionDB's columns prompt, seed, step and cfg, and where they are known width,
+        height and sampler (code or name).
 
     Returns
     -------
     ndarray of uint8, shape (n, height, width, 3)
+        A list of n where sizes differ.
 
     Raises
     ------
     BadTableError
-        A column is missing.
+        A column is missing, a row lacks one of these numbers, or its size is no multiple of 8.
     """
+    rows = _as_told(pairs)
+    images = [None] * len(rows)
+    for (name, steps, guidance, *size), group in rows.groupby(_TOLD):
+        size = (pixels or None for pixels in size)
+        how = int(steps), float(guidance), *size
+        made = sample(_with_sampler(pipe, name), group["prompt"], group["seed"], *how)
+        for place, image in zip(group.index, made, strict=True):
+            images[place] = image
+    return np.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
+_TOLD = ["sampler", "step", "cfg", "height", "width"]
+_TABLES = tomllib.loads((Path(__file__).parent / "samplers.toml").read_text(encoding="utf-8"))
+
+
+def _as_told(pairs):
+    """Return how rows were sampled: 0 stands for a size, "" for a sampler that is not known."""
     untold = "the table does not say how its images were sampled: {}"
     with refusing(KeyError, BadTableError, untold, "Use DiffusionDB's columns."):
-        rows = pairs[["prompt", "seed", "step", "cfg"]].reset_index(drop=True)
-    images, places = [], []
-    for (steps, guidance), group in rows.groupby(["step", "cfg"]):
-        images.append(sample(pipe, group["prompt"], group["seed"], int(steps), float(guidance)))
-        places += group.index.tolist()
-    return np.concatenate(images)[np.argsort(places)]
+        needed = pairs[["seed", "step", "cfg"]]
+    rows = pairs.reindex(columns=["prompt", "sampler", *needed, "height", "width"])
+    numbers = rows.iloc[:, 2:].apply(pd.to_numeric, errors="coerce")
+    sizes = numbers[["height", "width"]].fillna(0).astype(int)
+    told = np.isfinite(numbers[[*needed]]).all(axis=1) & numbers["step"].ge(1)
+    told &= (sizes % 8 == 0).all(axis=1)
+    if not told.all():
+        row = rows.iloc[np.argmin(told)]
+        name = pairs["id"].iloc[np.argmin(told)] if "id" in pairs else row.name
+        message = f"row {name} cannot be sampled again: {row.iloc[2:].to_dict()}"
+        raise BadTableError(message, "Leave it out.")
+    codes = rows["sampler"].astype(str).str.removesuffix(".0")
+    names = codes.replace(_TABLES["codes"])
+    known, sized = names.isin(_TABLES["schedulers"]), sizes.gt(0).all(axis=1)
+    unknown = {"sampler": ~known, "size": ~sized}
+    said = [f"{what} of {some.sum()} rows" for what, some in unknown.items() if some.any()]
+    if said:
+        runtime.log(f"the pipeline's own, as the table does not tell: {', '.join(said)}")
+    rows = numbers.assign(prompt=rows["prompt"], sampler=names.where(known, ""))
+    return rows.assign(**sizes.where(sized, 0)).reset_index(drop=True)
+
+
+def _with_sampler(pipe, name):
+    """Return the pipeline with a sampler of DiffusionDB; without a name, with its own."""
+    import diffusers
+
+    if not name:
+        return pipe
+    again, told = copy.copy(pipe), _TABLES["schedulers"][name]
+    kind = getattr(diffusers, told["kind"])
+    again.scheduler = kind.from_config(pipe.scheduler.config, **told.get("how", {}))
+    return again
