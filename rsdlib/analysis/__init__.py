@@ -11,6 +11,7 @@ from rsdlib.analysis.metrics import (
     retrieval,
 )
 from rsdlib.analysis.plots import (
+    plain,
     plot_curves,
     plot_images,
     plot_lines,

@@ -1,16 +1,21 @@
 """Figures as functions: data in, matplotlib axes (or a whole figure of pictures) out.
 
-No pyplot state; colours are safe for the colour-blind.
+No pyplot state; colours are safe for the colour-blind. Text is data: from here on neither figures
+nor tables in notebooks read any mathematics in it, and each character has a font or a box.
 """
 
+import re
 import textwrap
+import unicodedata
 from itertools import zip_longest
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
 from rsdlib import files, runtime
 from rsdlib.analysis.metrics import each_training
@@ -18,7 +23,19 @@ from rsdlib.analysis.metrics import each_training
 # Okabe and Ito's palette, distinguishable under every common colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#7F7F7F"
-_LEGEND = {"fontsize": 8, "frameon": False}
+# What has more scripts than matplotlib's own font; the last one has a box for any character.
+FONTS = (
+    *("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC"),
+    *("WenQuanYi Zen Hei", "Hiragino Sans", "PingFang SC", "Yu Gothic", "Microsoft YaHei"),
+    *("Malgun Gothic", "Apple SD Gothic Neo", "Noto Sans Arabic", "Noto Sans Hebrew"),
+    *("Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola", "Segoe UI Emoji"),
+    *("Arial Unicode MS", "Nirmala UI", "Last Resort High-Efficiency"),
+)
+_INSTALLED = {font.name for font in fontManager.ttflist}
+matplotlib.rcParams |= {"text.parse_math": False, "text.usetex": False}
+matplotlib.rcParams["font.family"] = [name for name in FONTS if name in _INSTALLED]
+pd.options.display.html.use_mathjax = False
+MOST = 12  # lines of a paragraph below a picture
 
 
 def _axes(ax, height=3.6):
@@ -28,6 +45,33 @@ def _axes(ax, height=3.6):
     ax.set_axisbelow(True)
     ax.set_prop_cycle(color=COLOURS)
     return ax
+
+
+def plain(text):
+    """Return text as it can be drawn: space for any white space but line breaks, escapes for what
+    no font shows, such as marks that turn the direction of writing.
+    """
+    spaced = re.sub(r"[^\S\n]", " ", str(text))
+    return "".join(
+        c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in spaced
+    )
+
+
+def _legend(ax, **how):
+    """Name what was drawn with a label, also where that begins with an underscore."""
+    unnamed = re.compile(r"_(child|container)\d+|_nolegend_")
+    drawn = [artist for artist in (*ax.lines, *ax.containers) if artist.get_label()]
+    named = [artist for artist in drawn if not unnamed.fullmatch(artist.get_label())]
+    labels = [plain(artist.get_label()) for artist in named]
+    ax.legend(named, labels, fontsize=8, frameon=False, **how)
+
+
+def _write_powers(figure):
+    """Number logarithmic axes without mathematics."""
+    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+        if axis.get_scale() == "log":
+            for place in (axis.set_major_formatter, axis.set_minor_formatter):
+                place(LogFormatter(axis.get_transform().base))
 
 
 def _bounds(estimates):
@@ -50,6 +94,7 @@ def save_figure(figure, path):
         The path.
     """
     figure = getattr(figure, "figure", figure)
+    _write_powers(figure)
     how = {"format": "png", "dpi": 150, "facecolor": "white", "metadata": {"Software": None}}
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, **how)
@@ -109,7 +154,7 @@ def plot_curves(runs, *, ax=None):
             ax.plot(validation.nlargest(1), "o", color=colour)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="mean cosine similarity")
-    ax.legend(title="validation; training dashed, best epoch dotted", title_fontsize=8, **_LEGEND)
+    _legend(ax, title="validation; training dashed, best epoch dotted", title_fontsize=8)
     return ax
 
 
@@ -140,7 +185,7 @@ def plot_scores(rows, *, reference=None, of="cosine", label=ON_TEST, ax=None):
         ax.annotate(f"{mean[0]:.3f}", (mean[0], place), **above)
         if row["method"] in (reference or {}):
             ax.plot(reference[row["method"]], place, "D", markerfacecolor="none", color=COLOURS[1])
-    ax.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    ax.set_yticks(range(len(rows)), [plain(row["method"]) for row in rows])
     ax.grid(visible=False, axis="y")
     most = max(row[of].get("trainings", 1) for row in rows)
     note = f"\nover prompts and {most} trainings" if most > 1 else ""
@@ -171,7 +216,8 @@ def plot_recall(ranks, candidates, *, ax=None):
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(xscale="log", xlim=(1, candidates), xlabel=f"k (of {candidates:,} prompts)")
     ax.set(ylim=(0, 1), ylabel="true prompt among the k nearest")
-    ax.legend(**_LEGEND)
+    _write_powers(ax.figure)
+    _legend(ax)
     return ax
 
 
@@ -226,9 +272,9 @@ def plot_lines(lines, x, *, xlabel, ylabel, ax=None):
     for number, (name, estimates) in enumerate(lines.items()):
         shift = 0.06 * (number - (len(lines) - 1) / 2)  # so that intervals do not hide each other
         ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", ms=4, capsize=2, label=name)
-    ax.set_xticks(places, x)
+    ax.set_xticks(places, map(plain, x))
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(**_LEGEND)
+    _legend(ax)
     return ax
 
 
@@ -253,7 +299,7 @@ def plot_points(points, *, xlabel, ylabel, ax=None):
         ax.errorbar(place, mean, height, width, fmt=marker, capsize=3, label=name)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), **_LEGEND)
+    _legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
@@ -267,7 +313,7 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
     ----------
     images : sequence of arrays (h, w, 3) or (3, h, w), uint8, or PIL images
     captions : sequence of str
-        Line breaks are kept, long lines wrapped.
+        Line breaks are kept, long lines wrapped, very long ones cut.
     columns, wrap, size : int
         Pictures a row, characters a line, font size.
     width : float
@@ -277,7 +323,7 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
     -------
     Figure
     """
-    texts = ["\n".join(textwrap.fill(line, wrap) for line in c.split("\n")) for c in captions]
+    texts = [_wrapped(caption, wrap) for caption in captions]
     rows = [texts[start : start + columns] for start in range(0, len(texts), columns)]
     lines = sum(max(text.count("\n") + 2 for text in row) for row in rows)
     height = len(rows) * width / columns + lines * size * 1.25 / 72
@@ -288,3 +334,13 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
         ax.imshow(pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels)
         ax.set_xlabel(text, loc="left", multialignment="left", fontsize=size)
     return figure
+
+
+def _wrapped(text, wrap):
+    """Return text in lines of so many characters, half as many of wide ones, the longest cut."""
+    lines = []
+    for line in plain(text).split("\n"):
+        wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
+        width = max(wrap * len(line) // (len(line) + wide), 2) if wide else wrap
+        lines += textwrap.wrap(line, width, max_lines=MOST, placeholder=" …") or [""]
+    return "\n".join(lines if len(lines) <= 3 * MOST else [*lines[: 3 * MOST], "…"])
