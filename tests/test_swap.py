@@ -468,7 +468,7 @@ def test_rows_have_their_own_sampler(pipe, monkeypatch, code, name, scheduler):
     monkeypatch.setattr(sampling, "sample", drawn)
     for sampler in (code, name):
         models.sample_rows(pipe, pd.DataFrame({**ROWS, "sampler": [sampler] * 3}))
-    assert [kind for kind, _ in used] == [scheduler] * 2
+    assert [kind for kind, _ in used] == [scheduler] * 6
     assert all(config["beta_end"] == pipe.scheduler.config.beta_end for _, config in used)
     assert used[0][1].get("skip_prk_steps") is (True if name == "plms" else None)
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
@@ -507,5 +507,5 @@ def test_rows_that_cannot_be_sampled_again_are_named(pipe, changes):
     import pandas as pd
 
     rows = pd.DataFrame({**ROWS, "height": [8] * 3, "id": ["a", "b", "c"], **changes})
-    with pytest.raises(BadTableError, match=r"row b cannot be sampled again: .*'seed'"):
+    with pytest.raises(BadTableError, match=r"no image can be sampled as .*'id': 'b'"):
         models.sample_rows(pipe, rows)

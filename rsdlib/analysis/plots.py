@@ -8,8 +8,9 @@ import re
 import textwrap
 import unicodedata
 from itertools import zip_longest
+from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,55 +24,44 @@ from rsdlib.analysis.metrics import each_training
 # Okabe and Ito's palette, distinguishable under every common colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#7F7F7F"
-# What has more scripts than matplotlib's own font; the last one has a box for any character.
-FONTS = (
-    *("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC"),
-    *("WenQuanYi Zen Hei", "Hiragino Sans", "PingFang SC", "Yu Gothic", "Microsoft YaHei"),
-    *("Malgun Gothic", "Apple SD Gothic Neo", "Noto Sans Arabic", "Noto Sans Hebrew"),
-    *("Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola", "Segoe UI Emoji"),
-    *("Arial Unicode MS", "Nirmala UI", "Last Resort High-Efficiency"),
-)
-_INSTALLED = {font.name for font in fontManager.ttflist}
-matplotlib.rcParams |= {"text.parse_math": False, "text.usetex": False}
-matplotlib.rcParams["font.family"] = [name for name in FONTS if name in _INSTALLED]
-pd.options.display.html.use_mathjax = False
 MOST = 12  # lines of a paragraph below a picture
 
-
-def _axes(ax, height=3.6):
-    ax = ax if ax is not None else Figure((6.4, height), layout="constrained").add_subplot()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.set_prop_cycle(color=COLOURS)
-    return ax
+matplotlib.style.use(Path(__file__).parent / "house.mplstyle")
+_INSTALLED = {font.name for font in fontManager.ttflist}
+_FAMILY = [name for name in matplotlib.rcParams["font.family"] if name in _INSTALLED]
+matplotlib.rcParams["font.family"] = _FAMILY
+pd.options.display.html.use_mathjax = False
 
 
 def plain(text):
-    """Return text as it can be drawn: space for any white space but line breaks, escapes for what
-    no font shows, such as marks that turn the direction of writing.
+    """Return text fit to be drawn: what no font shows becomes a space or an escape.
+
+    Such as tabs, marks that turn the direction of writing, and halves of a character; line breaks
+    stay.
     """
     spaced = re.sub(r"[^\S\n]", " ", str(text))
-    return "".join(
-        c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in spaced
-    )
+    drawable = (c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in spaced)
+    return "".join(drawable)
+
+
+def _axes(ax, height=3.6):
+    return ax if ax is not None else Figure((6.4, height), layout="constrained").add_subplot()
 
 
 def _legend(ax, **how):
-    """Name what was drawn with a label, also where that begins with an underscore."""
+    """Name all that was drawn with a label, also where it begins with an underscore."""
+    drawn = {str(artist.get_label()): artist for artist in (*ax.lines, *ax.containers)}
     unnamed = re.compile(r"_(child|container)\d+|_nolegend_")
-    drawn = [artist for artist in (*ax.lines, *ax.containers) if artist.get_label()]
-    named = [artist for artist in drawn if not unnamed.fullmatch(artist.get_label())]
-    labels = [plain(artist.get_label()) for artist in named]
-    ax.legend(named, labels, fontsize=8, frameon=False, **how)
+    named = {plain(label): drawn[label] for label in drawn if not unnamed.fullmatch(label)}
+    ax.legend(named.values(), named, **how)
 
 
-def _write_powers(figure):
-    """Number logarithmic axes without mathematics."""
-    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+def _number(figure):
+    """Write the numbers of logarithmic axes as they are: powers would be mathematics."""
+    for axis in [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]:
         if axis.get_scale() == "log":
-            for place in (axis.set_major_formatter, axis.set_minor_formatter):
-                place(LogFormatter(axis.get_transform().base))
+            axis.set_major_formatter(LogFormatter(axis.get_transform().base))
+            axis.set_minor_formatter(LogFormatter(axis.get_transform().base))
 
 
 def _bounds(estimates):
@@ -94,10 +84,9 @@ def save_figure(figure, path):
         The path.
     """
     figure = getattr(figure, "figure", figure)
-    _write_powers(figure)
-    how = {"format": "png", "dpi": 150, "facecolor": "white", "metadata": {"Software": None}}
+    _number(figure)
     with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, **how)
+        figure.savefig(temporary, format="png", metadata={"Software": None})
     runtime.log(f"figure: {files.relative(path)}")
     return path
 
@@ -154,7 +143,7 @@ def plot_curves(runs, *, ax=None):
             ax.plot(validation.nlargest(1), "o", color=colour)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="mean cosine similarity")
-    _legend(ax, title="validation; training dashed, best epoch dotted", title_fontsize=8)
+    _legend(ax, title="validation; training dashed, best epoch dotted")
     return ax
 
 
@@ -216,7 +205,7 @@ def plot_recall(ranks, candidates, *, ax=None):
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(xscale="log", xlim=(1, candidates), xlabel=f"k (of {candidates:,} prompts)")
     ax.set(ylim=(0, 1), ylabel="true prompt among the k nearest")
-    _write_powers(ax.figure)
+    _number(ax.figure)
     _legend(ax)
     return ax
 

@@ -205,8 +205,7 @@ def real_pictures(folder):
             reader = f"{stored['turns']} splits, {_literal(name)}"
             told = [f"{row['cosine']:.4f}", row["gain over constant"], ""]
             rows += [[reader, "", *told, *rank]] * (not name.startswith("split"))
-        name = " ".join(plain(path.stem[3:]).split())
-        fence = "`" * (1 + name.count("`"))  # longer than any within
+        name, fence = plain(path.stem[3:]), "`" * (1 + path.stem.count("`"))
         lines += [f"**{fence}{name}{fence}**, a split by prompt", "", *_table(names, rows), ""]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import copy
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -146,56 +147,40 @@ def sample_rows(pipe, pairs):
     Raises
     ------
     BadTableError
-        A column is missing, a row lacks one of these numbers, or its size is no multiple of 8.
+        A column is missing, or a row's numbers are missing or make no image.
     """
-    rows = _as_told(pairs)
-    images = [None] * len(rows)
-    for (name, steps, guidance, *size), group in rows.groupby(_TOLD):
-        size = (pixels or None for pixels in size)
-        how = int(steps), float(guidance), *size
-        made = sample(_with_sampler(pipe, name), group["prompt"], group["seed"], *how)
-        for place, image in zip(group.index, made, strict=True):
-            images[place] = image
+    untold = "the table does not say how its images were sampled: {}"
+    with refusing(KeyError, BadTableError, untold, "Use DiffusionDB's columns."):
+        told = pairs[["prompt", "seed", "step", "cfg"]]
+    rows = pairs.reindex(columns=["id", *told, "sampler", *_SIZE])
+    sizes = rows[_SIZE].apply(pd.to_numeric, errors="coerce")
+    rows[_SIZE] = sizes.fillna(0).clip(lower=0).astype(int)
+    images, unknown, causes = [], Counter(), (TypeError, ValueError, ArithmeticError)
+    for row in rows.to_dict("records"):
+        code = str(row["sampler"]).removesuffix(".0")
+        name, size = _TABLES["codes"].get(code, code), [row[side] or None for side in _SIZE]
+        unknown.update(sampler=name not in _TABLES["schedulers"], size=None in size)
+        with refusing(causes, BadTableError, f"no image can be sampled as {row}: {{}}", "Drop it."):
+            how = int(row["step"]), float(row["cfg"]), *size
+            made = sample(_with_sampler(pipe, name), [row["prompt"]], [row["seed"]], *how)
+        images.append(made[0])
+    if any(unknown.values()):
+        counts = ", ".join(f"{what} of {count} rows" for what, count in unknown.items() if count)
+        runtime.log(f"the pipeline's own, as the table does not tell: {counts}")
     return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
-_TOLD = ["sampler", "step", "cfg", "height", "width"]
+_SIZE = ["height", "width"]
 _TABLES = tomllib.loads((Path(__file__).parent / "samplers.toml").read_text(encoding="utf-8"))
 
 
-def _as_told(pairs):
-    """Return how rows were sampled: 0 stands for a size, "" for a sampler that is not known."""
-    untold = "the table does not say how its images were sampled: {}"
-    with refusing(KeyError, BadTableError, untold, "Use DiffusionDB's columns."):
-        needed = pairs[["seed", "step", "cfg"]]
-    rows = pairs.reindex(columns=["prompt", "sampler", *needed, "height", "width"])
-    numbers = rows.iloc[:, 2:].apply(pd.to_numeric, errors="coerce")
-    sizes = numbers[["height", "width"]].fillna(0).astype(int)
-    told = np.isfinite(numbers[[*needed]]).all(axis=1) & numbers["step"].ge(1)
-    told &= (sizes % 8 == 0).all(axis=1)
-    if not told.all():
-        row = rows.iloc[np.argmin(told)]
-        name = pairs["id"].iloc[np.argmin(told)] if "id" in pairs else row.name
-        message = f"row {name} cannot be sampled again: {row.iloc[2:].to_dict()}"
-        raise BadTableError(message, "Leave it out.")
-    codes = rows["sampler"].astype(str).str.removesuffix(".0")
-    names = codes.replace(_TABLES["codes"])
-    known, sized = names.isin(_TABLES["schedulers"]), sizes.gt(0).all(axis=1)
-    unknown = {"sampler": ~known, "size": ~sized}
-    said = [f"{what} of {some.sum()} rows" for what, some in unknown.items() if some.any()]
-    if said:
-        runtime.log(f"the pipeline's own, as the table does not tell: {', '.join(said)}")
-    rows = numbers.assign(prompt=rows["prompt"], sampler=names.where(known, ""))
-    return rows.assign(**sizes.where(sized, 0)).reset_index(drop=True)
-
-
 def _with_sampler(pipe, name):
-    """Return the pipeline with a sampler of DiffusionDB; without a name, with its own."""
+    """Return the pipeline with a sampler of DiffusionDB; with its own where that is not known."""
     import diffusers
 
-    if not name:
+    if name not in _TABLES["schedulers"]:
         return pipe
-    again, told = copy.copy(pipe), _TABLES["schedulers"][name]
-    kind = getattr(diffusers, told["kind"])
-    again.scheduler = kind.from_config(pipe.scheduler.config, **told.get("how", {}))
+    again, (kind, *how) = copy.copy(pipe), _TABLES["schedulers"][name]
+    config = {**pipe.scheduler.config, **dict.fromkeys(how, True)}
+    again.scheduler = getattr(diffusers, kind).from_config(config)
     return again

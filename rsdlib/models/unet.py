@@ -5,6 +5,7 @@ The paper's white-box backbone (supplementary, section 8) and its U-Net swap (se
 
 import copy
 import inspect
+import traceback
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -484,12 +485,8 @@ def _running_pipeline():
     """Return the pipeline that is calling its U-Net: perhaps another than the one swapped in."""
     from diffusers import DiffusionPipeline
 
-    frame = inspect.currentframe()
-    while frame:
-        if isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    return None
+    callers = (f.f_locals.get("self") for f, _ in traceback.walk_stack(inspect.currentframe()))
+    return next((one for one in callers if isinstance(one, DiffusionPipeline)), None)
 
 
 def switch_step(start_step, steps):
