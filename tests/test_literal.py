@@ -77,6 +77,12 @@ def test_what_no_font_shows_is_visible():
     assert set(HIDDEN.values()) <= set(drawn(analysis.plot_images(pixels, [*HIDDEN])))
     rows = [{"method": name, "cosine": estimate(0.5)} for name in HIDDEN]
     assert set(HIDDEN.values()) <= set(drawn(analysis.plot_scores(rows)))
+    assert analysis.plain("\x00" * 5, 3) == r"\x00\x00…"
+
+
+def test_long_names_are_cut():
+    rows = [{"method": f"{'word' * 750}", "cosine": estimate(0.5)}]
+    assert f"{'word' * 19}wor…" in drawn(analysis.plot_scores(rows))
 
 
 @pytest.mark.parametrize("text", ["word " * 600, "x" * 3000, "猫" * 3000, "\n" * 3000, "$" * 3000])

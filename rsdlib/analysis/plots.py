@@ -33,14 +33,25 @@ matplotlib.rcParams["font.family"] = _FAMILY
 pd.options.display.html.use_mathjax = False
 
 
-def plain(text):
+def plain(text, most=80):
     """Return text fit to be drawn: what no font shows becomes a space or an escape.
 
     Such as tabs, marks that turn the direction of writing, and halves of a character; line breaks
     stay.
+
+    Parameters
+    ----------
+    text : object
+    most : int
+        Characters; longer text is cut and ends with an ellipsis.
+
+    Returns
+    -------
+    str
     """
-    spaced = re.sub(r"[^\S\n]", " ", str(text))
-    drawable = (c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in spaced)
+    text = re.sub(r"[^\S\n]", " ", str(text))
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    drawable = (c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
     return "".join(drawable)
 
 
@@ -52,8 +63,8 @@ def _legend(ax, **how):
     """Name all that was drawn with a label, also where it begins with an underscore."""
     drawn = {str(artist.get_label()): artist for artist in (*ax.lines, *ax.containers)}
     unnamed = re.compile(r"_(child|container)\d+|_nolegend_")
-    named = {plain(label): drawn[label] for label in drawn if not unnamed.fullmatch(label)}
-    ax.legend(named.values(), named, **how)
+    named = [label for label in drawn if not unnamed.fullmatch(label)]
+    ax.legend([drawn[label] for label in named], map(plain, named), **how)
 
 
 def _number(figure):
@@ -328,7 +339,7 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
 def _wrapped(text, wrap):
     """Return text in lines of so many characters, half as many of wide ones, the longest cut."""
     lines = []
-    for line in plain(text).split("\n"):
+    for line in plain(text, len(text)).split("\n"):
         wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
         width = max(wrap * len(line) // (len(line) + wide), 2) if wide else wrap
         lines += textwrap.wrap(line, width, max_lines=MOST, placeholder=" …") or [""]

@@ -159,7 +159,8 @@ def sample_rows(pipe, pairs):
     for row in rows.to_dict("records"):
         code = str(row["sampler"]).removesuffix(".0")
         name, size = _TABLES["codes"].get(code, code), [row[side] or None for side in _SIZE]
-        unknown.update(sampler=name not in _TABLES["schedulers"], size=None in size)
+        unknown["sampler"] += name not in _TABLES["schedulers"]
+        unknown["size"] += None in size
         with refusing(causes, BadTableError, f"no image can be sampled as {row}: {{}}", "Drop it."):
             how = int(row["step"]), float(row["cfg"]), *size
             made = sample(_with_sampler(pipe, name), [row["prompt"]], [row["seed"]], *how)
