@@ -102,9 +102,10 @@ def is_main_process():
 
 
 def log(message):
-    """Print one line, from the main process alone."""
+    """Print one line, from the main process alone; what the output cannot show is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     if is_main_process():
-        print(message, flush=True)
+        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def track(iterable, description, total=None, every=5.0):
