@@ -64,21 +64,21 @@ def read_file(image):
 
     Of a PIL image that is loaded there are no bytes, but None.
     """
-    if isinstance(image, bytes | bytearray | memoryview):
-        return bytes(image), "image", "memory"
+    if isinstance(image, bytes):
+        return image, "image", "memory"
     if not isinstance(image, Image.Image):
         place, name = split_locator(image)
         with open_part(files.resolve_path(place)) as part:
             return part.read(name), name, part.where
-    content, name = None, os.path.basename(getattr(image, "filename", "")) or "image"
     stream = getattr(image, "fp", None)  # None once the pixels are in memory
-    if stream is not None:
-        with refusing(BROKEN, BadImageError, name, "memory", "its file cannot be read ({})"):
-            position = stream.tell()
-            stream.seek(0)
-            content = stream.read()
-            stream.seek(position)
-    return content, name, "memory"
+    if stream is None:
+        return None, "image", "memory"
+    with refusing(BROKEN, BadImageError, "image", "memory", "its file cannot be read ({})"):
+        position = stream.tell()
+        stream.seek(0)
+        content = stream.read()
+        stream.seek(position)
+    return content, "image", "memory"
 
 
 _archived = re.compile(r"(.+?\.(?:zip|tar|parquet))::(.*)", re.S).fullmatch
@@ -134,8 +134,8 @@ _UPRIGHT = (b"eXIf", b"iTXtXML:com.adobe.xmp\0\0", b"tEXtRaw profile type exif\0
 
 def _without_metadata(data):
     """Return an image file without what its pixels do not depend on, which may be broken."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return _bare_jpeg(data)
+    if data.startswith(b"\xff\xd8"):  # Pillow looks for these names alone
+        return data.replace(b"ICC_PROFILE\0", b"-" * 12).replace(b"Photoshop 3.0\0", b"-" * 14)
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     kept, start = [data[:8]], 8
@@ -150,18 +150,6 @@ def _without_metadata(data):
             return b"".join(kept)
         start += len(chunk)
     raise ValueError(f"more than {MAX_CHUNKS:,} chunks")
-
-
-def _bare_jpeg(data):
-    """Return a JPEG without its colour profile, comments and what programs wrote, but for EXIF."""
-    kept, start = [data[:2]], 2
-    while data[start] == 0xFF and (marker := data[start + 1]) != 0xDA:  # the pixels begin there
-        end = start + 2 + int.from_bytes(data[start + 2 : start + 4])
-        idle = 0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)
-        if not idle or data.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/"), start + 4):
-            kept.append(data[start:end])
-        start = end
-    return b"".join(kept) + data[start:]
 
 
 def _why_refused(image):
@@ -256,14 +244,13 @@ def find_images(path):
         return [path]
     known = Image.registered_extensions()
     suffixes = {suffix for suffix in known if known[suffix] in (*FORMATS, "MPO")}
-    below = [p for p in path.rglob("*") if not any(map(_NOT_OURS.match, p.relative_to(path).parts))]
-    below = sorted(p for p in below if p.is_file())
-    others = Counter(p.suffix.lower() for p in below if p.suffix.lower() not in suffixes)
+    below = sorted(found for found in path.rglob("*") if found.is_file())
+    below = [p for p in below if not any(map(_NOT_OURS.match, p.relative_to(path).parts))]
+    paths = [found for found in below if found.suffix.lower() in suffixes]
+    others = Counter(found.suffix.lower() for found in set(below).difference(paths))
     kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
-    paths = [p for p in below if p.suffix.lower() in suffixes]
     if not paths:
-        beside = f", only {kinds}" if kinds else ""
-        raise ConfigError(f"there is no file {path}, nor an image below it{beside}")
+        raise ConfigError(f"there is no file {path}, nor an image below it (only: {kinds})")
     if kinds:
         runtime.log(f"{path}: left out what is no image that can be read here: {kinds}")
     return paths
