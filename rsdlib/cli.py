@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import io
 import json
 import os
 import sys
@@ -276,7 +275,10 @@ def predict(
         if prediction.in_domain is not None and not prediction.in_domain.all():
             print(f"{(~prediction.in_domain).sum()} of {len(paths)} pictures {UNLIKE}")
         if sidecar:
-            _write_sidecars(prediction.records(paths))
+            _write_sidecars(paths, prediction.records(paths))
+    if format != "text":  # what goes into a file is UTF-8, whatever the console
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(encoding="utf-8")
     if format == "csv":
         print(prediction.table(paths).to_csv(index=False), end="")
     elif format == "kaggle":
@@ -289,9 +291,9 @@ def predict(
             _print_record(record)
 
 
-def _write_sidecars(records):
-    for record in records:
-        beside = Path(record["image"]).with_suffix(".txt")
+def _write_sidecars(paths, records):
+    for path, record in zip(paths, records, strict=True):
+        beside = path.with_suffix(".txt")
         said = [record.get("caption"), *(prompt for prompt, _ in record["prompts"])]
         if any(said) and not beside.exists():
             files.write_text(beside, next(filter(None, said)))
@@ -306,7 +308,8 @@ def _print_record(record):
     if not record.get("in_domain", True):
         print(f"  WARNING  unlike its training pictures: {record['distance']:.1f} times the limit")
     if record["stored_prompt"]:
-        print(f"  stored   {record['stored_prompt']} (cosine {record['stored_cosine']})")
+        cosine = record["stored_cosine"]
+        print(f"  stored   {'' if cosine is None else f'{cosine:.3f}  '}{record['stored_prompt']}")
     if "caption" in record:
         print(f"  caption  {record['caption']}")
     if record["words"]:
@@ -465,7 +468,7 @@ def main(arguments=None):
     commands |= {"extract": extract, "train": train, "data": data, "models": models}
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # no console fails on a name that it cannot show
+        with contextlib.suppress(AttributeError):  # a notebook's has no encoding of its own
             stream.reconfigure(errors="backslashreplace")
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)

@@ -77,7 +77,7 @@ class Prediction:
         images : sequence of str (n)
             Names of the images.
         """
-        columns = {"image": list(map(str, images)), "embedding": self.embeddings.tolist()}
+        columns = {"image": list(map(runtime.shown, images)), "embedding": self.embeddings.tolist()}
         columns |= {"caption": self.captions, "words": self.words, "prompts": self.prompts}
         if self.distances is not None:
             columns["in_domain"] = self.in_domain.tolist()
@@ -105,7 +105,8 @@ class Prediction:
         BadValueError
             Two images have one name but for folder and suffix, or embeddings other than 384 values.
         """
-        names, size = [Path(image).stem for image in images], self.embeddings.shape[1]
+        names = [Path(runtime.shown(image)).stem for image in images]
+        size = self.embeddings.shape[1]
         if len(set(names)) < len(names) or size != 384:
             message = f"{len(set(names))} names of {len(names)} images with {size} values each"
             raise errors.BadValueError(message, "Kaggle asks for distinct names, and 384 values.")
@@ -281,7 +282,8 @@ def _compared(embeddings, found, device):
             cosines[rows] = data.cosine(embeddings[rows], own)
     except (errors.ModelNotFoundError, errors.BadValueError) as error:  # learnt another embedding
         runtime.log(f"stored prompts are not compared: {error}")
-    return [(file.prompt, c, file.reason) for file, c in zip(found, cosines, strict=True)]
+    prompts = [file.prompt and runtime.shown(file.prompt) for file in found]
+    return list(zip(prompts, cosines, [file.reason for file in found], strict=True))
 
 
 # Parts of prompts that name artists: "by X", "art by X", "in the style of X".
