@@ -275,7 +275,7 @@ PNG_METADATA = {
 @pytest.mark.parametrize("name", PNG_METADATA)
 def test_what_a_png_says_beside_its_pixels_is_ignored(name, behind):
     content = with_chunks(*PNG_METADATA[name], behind=behind)
-    assert data.open_image(content) == broken.photo()
+    assert data.decode_image(content) == broken.photo()
 
 
 JPEG_METADATA = {
@@ -294,8 +294,8 @@ JPEG_METADATA = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", JPEG_METADATA)
 def test_what_a_jpeg_says_beside_its_pixels_is_ignored(name):
-    expected = data.open_image(broken.encode(broken.photo(), "JPEG"))
-    assert data.open_image(with_segment(*JPEG_METADATA[name])) == expected
+    expected = data.decode_image(broken.encode(broken.photo(), "JPEG"))
+    assert data.decode_image(with_segment(*JPEG_METADATA[name])) == expected
 
 
 @pytest.mark.parametrize(
@@ -303,8 +303,8 @@ def test_what_a_jpeg_says_beside_its_pixels_is_ignored(name):
 )
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_broken_exif_turns_nothing(exif, format):
-    expected = data.open_image(broken.encode(broken.photo(), format))
-    assert data.open_image(with_exif(format, exif)) == expected
+    expected = data.decode_image(broken.encode(broken.photo(), format))
+    assert data.decode_image(with_exif(format, exif)) == expected
 
 
 def test_what_pixels_depend_on_is_still_checked():
@@ -312,13 +312,13 @@ def test_what_pixels_depend_on_is_still_checked():
     for kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
         damaged = broken.flip(content, content.index(kind) + 4)
         with pytest.raises(BadImageError):
-            data.open_image(damaged)
+            data.decode_image(damaged)
 
 
 def test_chunks_without_end_are_refused_soon():
     content = with_chunks(broken.chunk(b"teXt") * 200_000)
     with pytest.raises(BadImageError, match="more than 100,000 chunks"):
-        data.open_image(content)
+        data.decode_image(content)
 
 
 # --- folders as people keep them ------------------------------------------------------------------

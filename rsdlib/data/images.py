@@ -70,14 +70,13 @@ def read_file(image):
         place, name = split_locator(image)
         with open_part(files.resolve_path(place)) as part:
             return part.read(name), name, part.where
-    stream = getattr(image, "fp", None)  # None once the pixels are in memory
-    if stream is None:
-        return None, "image", "memory"
-    with refusing(BROKEN, BadImageError, "image", "memory", "its file cannot be read ({})"):
-        position = stream.tell()
-        stream.seek(0)
-        content = stream.read()
-        stream.seek(position)
+    content, stream = None, getattr(image, "fp", None)  # None once the pixels are in memory
+    if stream is not None:
+        with refusing(BROKEN, BadImageError, "image", "memory", "its file cannot be read ({})"):
+            position = stream.tell()
+            stream.seek(0)
+            content = stream.read()
+            stream.seek(position)
     return content, "image", "memory"
 
 
