@@ -222,10 +222,9 @@ class Predictor:
         embeddings, probabilities, distances, captions, found = (
             np.concatenate(arrays) for arrays in zip(*parts, strict=True)
         )
-        said = [number for number, word in enumerate(self.words) if say(word)]
-        names = [self.words[number] for number in said]
-        ranked = [pd.Series(row[said], names).nlargest(n_words) for row in probabilities]
-        words = [list(row.items()) for row in ranked]
+        said = pd.Index(map(say, self.words))  # "" where a word is left out
+        ranked = [pd.Series(row[said != ""], said[said != ""]) for row in probabilities]
+        words = [list(row.nlargest(n_words).items()) for row in ranked]
         prompts = self._nearest(embeddings, n_prompts, say)
         captions = None if self.captioner is None else captions.tolist()
         distances = None if self.domain is None else distances

@@ -23,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # What Pillow is known to raise on broken files: the list of its own fuzz tests, and what ours met.
-_BROKEN_IMAGE = (*BROKEN, SyntaxError, OverflowError)
+_BROKEN_IMAGE = (*BROKEN, SyntaxError, OverflowError, AssertionError)
 _BROKEN_IMAGE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _STRIP = 512  # rows
 _one_large = threading.Lock()
