@@ -249,7 +249,7 @@ def find_images(path):
     others = Counter(found.suffix.lower() for found in set(below).difference(paths))
     kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
     if not paths:
-        raise ConfigError(f"there is no file {path}, nor an image below it (only: {kinds})")
+        raise ConfigError(f"there is no file {path}, nor an image below it{kinds and f': {kinds}'}")
     if kinds:
         runtime.log(f"{path}: left out what is no image that can be read here: {kinds}")
     return paths
