@@ -228,8 +228,11 @@ def predict(
     run: str | None = None,
     profile: AnySize | None = None,
     bank: str | None = None,
+    rank: str | None = None,
+    without: str = "",
     captions: bool = False,
-    format: Literal["text", "json", "csv"] = "text",
+    format: Literal["text", "json", "csv", "kaggle"] = "text",
+    sidecar: bool = False,
     device: str = "auto",
     on_bad: Literal["error", "skip"] = "error",
 ):
@@ -240,35 +243,60 @@ def predict(
         run: a run folder; default: the best on validation.
         profile: where to look for it; default: desk, which knows real pictures, before mini.
         bank: prompts to find the nearest among: a text file, a table, or DiffusionDB's folder.
+        rank: prompts of your own, in place of bank: all are ranked for each image (CSV has the
+            first).
+        without: words that are not to be said, between commas or one a line of a file: prompts
+            lose all that stands between the same commas. artists: what begins with "by ...",
+            "art by ..." or "in the style of ...".
         captions: let the best captioner describe the images too.
-        format: text to read, JSON with the embeddings, or CSV without them.
+        format: text to read, JSON with the embeddings, CSV without them, or the submission to
+            Kaggle's Stable Diffusion - Image to Prompts.
+        sidecar: write the caption, or else the nearest prompt, into picture.txt beside
+            picture.png where there is none.
         device: auto, cpu or cuda.
         on_bad: files that are no readable image: stop, or leave them out and say so.
     """
     if not images:
         raise ConfigError("no image was given", "For example: rsd predict picture.png")
-    from rsdlib.data import find_images
-
-    paths = [path for image in images for path in find_images(image)]
-    from rsdlib.predict import Predictor, best_run  # slow: what can be refused was refused
+    from rsdlib.data import find_images, load_prompts
 
     with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to the standard output
+        paths = [path for image in images for path in find_images(image)]
+        from rsdlib.predict import Predictor, best_run  # slow: what can be refused was refused
+
         folder = run or best_run(profile)
         captioner = best_run(profile, captions=True) if captions else None
-        predictor = Predictor.load(folder, device, captioner, bank=bank)
+        predictor = Predictor.load(folder, device, captioner, bank=rank or bank)
         if on_bad == "skip":
             paths = [path for path in paths if _readable(path)]
-        prediction = predictor.predict(paths)
+        unsaid = load_prompts(without) if os.path.isfile(without) else without.split(",")
+        unsaid = list(filter(None, map(str.strip, unsaid)))
+        prediction = predictor.predict(paths, n_prompts=None if rank else 5, without=unsaid)
         if prediction.in_domain is not None and not prediction.in_domain.all():
             print(f"{(~prediction.in_domain).sum()} of {len(paths)} pictures {UNLIKE}")
+        if sidecar:
+            _write_sidecars(paths, prediction.records(paths))
+    if format != "text":  # what goes into a file is UTF-8, whatever the console
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(encoding="utf-8")
     if format == "csv":
         print(prediction.table(paths).to_csv(index=False), end="")
+    elif format == "kaggle":
+        print(prediction.submission(paths).to_csv(), end="")
     elif format == "json":
         print(json.dumps(prediction.records(paths)))
     else:
         print(f"model: {files.relative(folder)}")
         for record in prediction.records(paths):
             _print_record(record)
+
+
+def _write_sidecars(paths, records):
+    for path, record in zip(paths, records, strict=True):
+        beside = path.with_suffix(".txt")
+        said = [record.get("caption"), *(prompt for prompt, _ in record["prompts"])]
+        if any(said) and not beside.exists():
+            files.write_text(beside, next(filter(None, said)))
 
 
 UNLIKE = "are unlike all that this model was trained on: do not trust what it reads in them. "
@@ -279,6 +307,9 @@ def _print_record(record):
     print(f"\n{record['image']}")
     if not record.get("in_domain", True):
         print(f"  WARNING  unlike its training pictures: {record['distance']:.1f} times the limit")
+    if record["stored_prompt"]:
+        cosine = record["stored_cosine"]
+        print(f"  stored   {'' if cosine is None else f'{cosine:.3f}  '}{record['stored_prompt']}")
     if "caption" in record:
         print(f"  caption  {record['caption']}")
     if record["words"]:
@@ -436,6 +467,9 @@ def main(arguments=None):
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
     commands |= {"extract": extract, "train": train, "data": data, "models": models}
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's has no encoding of its own
+            stream.reconfigure(errors="backslashreplace")
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)
     except RsdError as error:

@@ -104,7 +104,12 @@ def is_main_process():
 def log(message):
     """Print one line, from the main process alone."""
     if is_main_process():
-        print(message, flush=True)
+        print(shown(message, getattr(sys.stdout, "encoding", None) or "utf-8"), flush=True)
+
+
+def shown(text, encoding="utf-8"):
+    """Return a text with all that an encoding lacks escaped, such as names that are no UTF-8."""
+    return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def track(iterable, description, total=None, every=5.0):

@@ -110,7 +110,7 @@ def run(program, *arguments):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own account")
 def test_bombs_are_refused_in_little_memory():
     lines = run(BOMBS)
-    assert len(lines) >= 6
+    assert len(lines) >= 4
     assert all(line.endswith("refused") for line in lines)
 
 

@@ -1,38 +1,51 @@
 """Images from bytes to pixels: decoded under limits, laid on white, cut square."""
 
+import contextlib
 import io
 import os
 import re
+import threading
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from rsdlib import files
+from rsdlib import files, runtime
 from rsdlib.data.parts import BROKEN, open_part
 from rsdlib.errors import BadImageError, ConfigError, refusing
 
-MAX_PIXELS = 16_000_000  # of one image
+FULL_PIXELS = 2**24  # of one image; larger ones are read at a half or a quarter of their size
+MAX_PIXELS = 110_000_000  # while it is decoded: 440 MB, one image at a time
+MAX_CHUNKS = 100_000  # of a PNG
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # What Pillow is known to raise on broken files: the list of its own fuzz tests, and what ours met.
-_BROKEN_IMAGE = (*BROKEN, SyntaxError, OverflowError)
+_BROKEN_IMAGE = (*BROKEN, SyntaxError, OverflowError, AssertionError)
 _BROKEN_IMAGE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_STRIP = 512  # rows
+_one_large = threading.Lock()
 
 
-def open_image(locator):
-    """Open one image, safely.
+def open_image(image):
+    """Open one image, safely: the same picture however it is given.
 
     Parameters
     ----------
-    locator : str or path-like
-        From the column ``image`` of `load_pairs`, or the path of any image file.
+    image : str, path-like, bytes or PIL image
+        A locator from the column ``image`` of `load_pairs`, the path of any image file, what such
+        a file holds, or an image that Pillow opened. Pillow's counts as its file until it is
+        loaded, then as the pixels and the EXIF orientation that it has.
 
     Returns
     -------
     PIL.Image.Image
         RGB, 8 bits, turned upright by its EXIF orientation. Transparent images are laid on white;
-        16-bit grey values are divided by 257, not clipped; colour profiles are ignored.
+        16-bit grey values are divided by 257, not clipped; colour profiles are ignored, and so are
+        broken metadata. Images above `FULL_PIXELS` have half the width and height, from 64
+        megapixels on a quarter (JPEG while it is decoded, others by means of squares).
 
     Raises
     ------
@@ -42,9 +55,29 @@ def open_image(locator):
     BadArchiveError
         The archive that holds it is damaged or hostile.
     """
-    place, name = split_locator(locator)
-    with open_part(files.resolve_path(place)) as part:
-        return decode_image(part.read(name), name, part.where)
+    content, name, where = read_file(image)
+    return decode_image(image if content is None else content, name, where)
+
+
+def read_file(image):
+    """Return the bytes of an image's file, its name and where it lies; see `open_image`.
+
+    Of a PIL image that is loaded there are no bytes, but None.
+    """
+    if isinstance(image, bytes):
+        return image, "image", "memory"
+    if not isinstance(image, Image.Image):
+        place, name = split_locator(image)
+        with open_part(files.resolve_path(place)) as part:
+            return part.read(name), name, part.where
+    content, stream = None, getattr(image, "fp", None)  # None once the pixels are in memory
+    if stream is not None:
+        with refusing(BROKEN, BadImageError, "image", "memory", "its file cannot be read ({})"):
+            position = stream.tell()
+            stream.seek(0)
+            content = stream.read()
+            stream.seek(position)
+    return content, "image", "memory"
 
 
 _archived = re.compile(r"(.+?\.(?:zip|tar|parquet))::(.*)", re.S).fullmatch
@@ -61,7 +94,7 @@ def decode_image(data, id="image", part="memory"):
 
     Parameters
     ----------
-    data : bytes
+    data : bytes, or a PIL image that is loaded
     id, part : str
         What errors call the image, and the zip or folder that holds it.
 
@@ -74,19 +107,48 @@ def decode_image(data, id="image", part="memory"):
     BadImageError
         As for `open_image`.
     """
-    formats = f"its {len(data)} bytes are none of {', '.join(FORMATS)}, or the header is damaged"
+    formats = f"it is none of {', '.join(FORMATS)}, or the header is damaged"
     unknown = refusing(UnidentifiedImageError, BadImageError, id, part, formats)
     damaged = refusing(_BROKEN_IMAGE, BadImageError, id, part, "cut short, damaged or unsafe ({})")
-    with damaged, unknown:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
-            reason = _why_refused(image)
-            if reason:
-                raise BadImageError(id, part, reason)
-            image.verify()  # checksums, where the format has them; then it must be opened anew
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+    with damaged, unknown, contextlib.ExitStack() as stack:
+        image = data
+        if not isinstance(data, Image.Image):
+            stream = io.BytesIO(_without_metadata(data))
+            image = stack.enter_context(Image.open(stream, formats=FORMATS))  # reads the header
+        reason = _why_refused(image)
+        if reason:
+            raise BadImageError(id, part, reason)
+        rgb = _to_rgb(image) if image.width * image.height <= FULL_PIXELS else _shrunk(image)
+        rgb.info = dict(image.info)  # with the EXIF
+        with contextlib.suppress(Exception):  # what Pillow raises on broken EXIF is in no list
+            ImageOps.exif_transpose(rgb, in_place=True)
+        rgb.info = {}
+        return rgb
+
+
+# Of a PNG: what its pixels depend on, and what may say which way up it is.
+_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL", b"fcTL", b"fdAT")
+_UPRIGHT = (b"eXIf", b"iTXtXML:com.adobe.xmp\0\0", b"tEXtRaw profile type exif\0")
+
+
+def _without_metadata(data):
+    """Return an image file without what its pixels do not depend on, which may be broken."""
+    if data.startswith(b"\xff\xd8"):  # Pillow looks for these names alone
+        return data.replace(b"ICC_PROFILE\0", b"-" * 12).replace(b"Photoshop 3.0\0", b"-" * 14)
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, start = [data[:8]], 8
+    for _ in range(MAX_CHUNKS):
+        chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4])]
+        right = len(chunk) > 11 and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        if not right and (len(chunk) < 12 or chunk.startswith(_CHUNKS, 4)):
+            raise ValueError(f"damaged at byte {start:,}")
+        if right and chunk.startswith(_CHUNKS + _UPRIGHT, 4):
+            kept.append(chunk)
+        if chunk[4:8] == b"IEND":
+            return b"".join(kept)
+        start += len(chunk)
+    raise ValueError(f"more than {MAX_CHUNKS:,} chunks")
 
 
 def _why_refused(image):
@@ -102,6 +164,7 @@ def _why_refused(image):
 
 
 def _to_rgb(image):
+    """Return an image as RGB, without what could be seen through."""
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int32)  # (h, w)
         grey = ((values + 128) // 257).astype(np.uint8)
@@ -111,6 +174,20 @@ def _to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _shrunk(image):
+    """Return a large image as RGB at a half or a quarter of its size; a copy of it needs none."""
+    factor = 2 if image.width * image.height < 64_000_000 else 4
+    with _one_large:
+        if image.draft(None, (image.width // factor, image.height // factor)):
+            return _to_rgb(image)
+        width, height = image.size
+        small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+        for top in range(0, height, _STRIP):
+            strip = image.crop((0, top, width, min(top + _STRIP, height)))
+            small.paste(_to_rgb(strip).reduce(factor), (0, top // factor))
+    return small
 
 
 def resize(image, size):
@@ -139,11 +216,14 @@ def resize(image, size):
     return torch.nn.functional.interpolate(pixels, **how)[0].contiguous().numpy()
 
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+# What systems and programs put beside pictures.
+_NOT_OURS = re.compile(r"\.|__MACOSX$|@eaDir$|#recycle$|\$RECYCLE\.BIN$")
 
 
 def find_images(path):
     """Return the image files that a path means: itself, or what lies in and below a folder.
+
+    Files of other kinds are named in one line; hidden ones are left out.
 
     Parameters
     ----------
@@ -161,7 +241,15 @@ def find_images(path):
     path = Path(path)
     if path.is_file():
         return [path]
-    paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    known = Image.registered_extensions()
+    suffixes = {suffix for suffix in known if known[suffix] in (*FORMATS, "MPO")}
+    below = sorted(found for found in path.rglob("*") if found.is_file())
+    below = [p for p in below if not any(map(_NOT_OURS.match, p.relative_to(path).parts))]
+    paths = [found for found in below if found.suffix.lower() in suffixes]
+    others = Counter(found.suffix.lower() for found in set(below).difference(paths))
+    kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
     if not paths:
-        raise ConfigError(f"there is no file {path}, nor an image below it")
+        raise ConfigError(f"there is no file {path}, nor an image below it{kinds and f': {kinds}'}")
+    if kinds:
+        runtime.log(f"{path}: left out what is no image that can be read here: {kinds}")
     return paths

@@ -144,15 +144,16 @@ class Pictures:
 
     Parameters
     ----------
-    images : sequence of PIL images, or of arrays (h, w, 3), uint8
+    images : sequence
+        What `open_image` opens, or arrays (h, w, 3), uint8. One at a time is in memory.
     size : int
         Pixels a side.
     """
 
     def __init__(self, images, size):
-        images = [i if isinstance(i, Image.Image) else Image.fromarray(i) for i in images]
+        opened = (Image.fromarray(i) if isinstance(i, np.ndarray) else i for i in images)
         # (n, 3, size, size)
-        self._pixels = np.stack([resize(image.convert("RGB"), size) for image in images])
+        self._pixels = np.stack([resize(open_image(image), size) for image in opened])
         self.ok = np.ones(len(images), bool)
         self.key = files.checksum({"pixels": self._pixels})[:16]
 
