@@ -8,7 +8,6 @@ be looked at and changed, and `Trial.run` hands them to `rsdlib.training.fit`.
 import copy
 import functools
 import inspect
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pydantic
+import torch
 
 from rsdlib import analysis, data, ensemble, errors, files, models, runtime, training
 from rsdlib import config as configs
-from rsdlib.config import as_dict, replace
+from rsdlib.config import as_dict, from_dict, replace
 
 SPLITS = ("train", "val", "test")
 
@@ -243,8 +242,6 @@ class Recipe:
         `encoder` is what was handed to `plan`; without `load` the trained weights are to follow,
         and pretrained ones need not be here. `speech` is opened where it is not handed in.
         """
-        import torch
-
         if self.backbone.library == "own" and encoder is None:
             message = f"the encoder {self.backbone.model!r} of this run is not one of ours"
             raise errors.CheckpointError(message, "Hand it in again: encoder=...")
@@ -267,12 +264,7 @@ class Recipe:
     @classmethod
     def load(cls, folder):
         """Read the recipe of a run folder."""
-        return _read(cls, training.runs.made_from(folder)["recipe"])
-
-
-def _read(kind, values):
-    """Return settings of some kind from what `as_dict` made of them."""
-    return pydantic.TypeAdapter(kind).validate_json(json.dumps(values))
+        return from_dict(cls, training.runs.made_from(folder)["recipe"])
 
 
 @dataclass(frozen=True)
@@ -324,12 +316,11 @@ class Trial:
         how = {"objective": self.objective, "stages": self.stages, "callbacks": self.callbacks}
         how["recipe"] = as_dict(self.recipe)
         training.fit(self.model, self.pairs, self.config, self.folder, **how)
-        wanted = not self.recipe.captions and not (self.folder / DOMAIN).exists()
-        if wanted and runtime.is_main_process():
-            self._learn_domain()
-        if runtime.is_main_process():  # three times the model's size, and no longer of use
-            (self.folder / training.runs.CHECKPOINT).unlink(missing_ok=True)
-            (self.folder / PLAN).unlink(missing_ok=True)
+        if runtime.is_main_process():
+            if not (self.recipe.captions or (self.folder / DOMAIN).exists()):
+                self._learn_domain()
+            for name in (training.runs.CHECKPOINT, PLAN):  # large, and no longer of use
+                (self.folder / name).unlink(missing_ok=True)
         return self.folder
 
     def hand_over(self):
@@ -425,18 +416,13 @@ def three_ways(profile, backbone, prepared, *, seed=0, seeds=1, **options):
     dict of str to list of Path
         Method to run folders, one a seed; the vanilla runs first.
     """
-    runs = {}
-    for number in range(seed, seed + seeds):
-        how = {**options, "seed": number}
-        vanilla = train(profile, backbone, prepared, **{**how, "weight": 0.0})
-        mlc = train(profile, backbone, prepared, **how)
-        full = train(profile, backbone, prepared, curriculum="ours", **how)
-        made = {backbone: vanilla, f"{backbone} + MLC": mlc, f"{backbone} + MLC + CL": full}
-        if mlc == vanilla:  # with weight 0 they are one run
-            made = {backbone: vanilla, f"{backbone} + CL": full}
-        for method, run in made.items():
-            runs.setdefault(method, []).append(run)
-    return runs
+    seeded = [{**options, "seed": number} for number in range(seed, seed + seeds)]
+    vanilla = [train(profile, backbone, prepared, **{**how, "weight": 0.0}) for how in seeded]
+    mlc = [train(profile, backbone, prepared, **how) for how in seeded]
+    full = [train(profile, backbone, prepared, curriculum="ours", **how) for how in seeded]
+    if mlc == vanilla:  # with weight 0 they are one run
+        return {backbone: vanilla, f"{backbone} + CL": full}
+    return {backbone: vanilla, f"{backbone} + MLC": mlc, f"{backbone} + MLC + CL": full}
 
 
 def plan(
@@ -500,16 +486,15 @@ def plan(
         return training.load_run(train(profile, backbone, prepared, **plain)).difficulty
 
     stages, callbacks = _order(recipe.curriculum, pairs.train, config.epochs, stages, history)
-    recipe = replace(
-        recipe,
-        images=pairs.key,
-        start=start,
-        front=data.weights_key(front) if front is not None else "",
-        stages=files.digest([[stage.rows.tolist(), stage.epochs] for stage in stages]),
-        objective=identity(objective) if objective is not None else "",
-    )
+    keys = {"images": pairs.key, "start": start}
+    keys["front"] = "" if front is None else data.weights_key(front)
+    keys["stages"] = files.digest([[stage.rows.tolist(), stage.epochs] for stage in stages])
+    keys["objective"] = "" if objective is None else identity(objective)
+    recipe = replace(recipe, **keys)
     key = files.digest([as_dict(recipe), config.fixed()], 8)
-    folder = files.root() / "runs" / profile.name / f"{_name(backbone, recipe)}-{key}"
+    parts = [slug(backbone), "mlc" if recipe.words else "vanilla", recipe.curriculum.name]
+    name = "-".join(parts).removesuffix("-none")
+    folder = files.root() / "runs" / profile.name / f"{name}-{key}"
     how = objective or _objective(model, recipe), stages, callbacks, config
     return Trial(model, pairs, *how, recipe, folder, prepared, on_bad)
 
@@ -532,8 +517,8 @@ def planned(folder):
     """
     folder = Path(os.path.abspath(folder))
     recipe, (stored, meta) = Recipe.load(folder), files.load_arrays(folder / PLAN)
-    config = _read(configs.TrainConfig, training.runs.made_from(folder)["train"])
-    prepared = prepare(_read(configs.DataConfig, meta["data"]))
+    config = from_dict(configs.TrainConfig, training.runs.made_from(folder)["train"])
+    prepared = prepare(from_dict(configs.DataConfig, meta["data"]))
     model, arrays = recipe.build(load=False), training.runs.grouped(stored)
     training.runs.load_arrays_into(model, arrays["model"], folder / PLAN)
     pairs = _pairs(prepared, model, recipe, meta["on_bad"], config.device)
@@ -654,11 +639,6 @@ def _objective(model, recipe):
     if recipe.captions:
         return models.CaptionObjective(recipe.head.weight, model.pad)
     return models.JointObjective(recipe.head.weight, recipe.head.huber)
-
-
-def _name(backbone, recipe):
-    parts = [slug(backbone), "mlc" if recipe.words else "vanilla", recipe.curriculum.name]
-    return "-".join(parts).removesuffix("-none")
 
 
 def slug(backbone):
@@ -865,7 +845,6 @@ def predict_captions(scores, prepared, encoder, store):
     store : rsdlib.data.Store
         What it reads.
     """
-    import torch
 
     def embedded(rows):
         captions = encoder.captions(torch.from_numpy(store.batch(rows)))
