@@ -299,15 +299,10 @@ class Trial:
     prepared: Prepared
     on_bad: str
 
-    @property
-    def name(self):
-        """What it is called in figures and in its folder's name."""
-        return self.folder.name.rpartition("-")[0]
-
     def run(self):
         """Train, or find the run done; return its folder."""
         steps = f"{len(self.pairs.train)} training pairs, {self.config.epochs} epochs"
-        runtime.log(f"{self.name}: {steps} -> {files.relative(self.folder)}")
+        runtime.log(f"{files.relative(self.folder)}: {steps}")
         if not (training.is_finished(self.folder) or training.is_one_of_many()):
             processes = self.config.processes or max(runtime.gpus(), 1)
             if processes > 1:
@@ -326,7 +321,7 @@ class Trial:
     def hand_over(self):
         """Write what other processes need to train this run; `planned` reads it."""
         if self.recipe.objective or self.recipe.backbone.library == "own":
-            message = f"{self.name} has an encoder or an objective that only this process knows"
+            message = f"{self.folder.name} has an encoder or objective that only this process knows"
             raise errors.ConfigError(message, "Use processes=1.")
         arrays = training.runs.to_numpy(self.model.state_dict(), "model.")
         arrays |= {f"stage.{n}": stage.rows for n, stage in enumerate(self.stages)}
@@ -794,7 +789,7 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
     if getattr(before, "speech", None) is not None:
         before.only_speak()
         scores.predictions[ZERO_SHOT] = data.apply(before, store, scores.rows, device=device)
-    for name, those in ((KNN_BEFORE, [before]), (KNN_AFTER, analysis.each_training(after))):
+    for name, those in ((KNN_BEFORE, [before]), (KNN_AFTER, analysis.metrics.each_training(after))):
         features = (data.features(store, model.backbone, device=device) for model in those)
         found = [_regress(scores, prepared, store, one.batch, one.batch(train)) for one in features]
         chosen[name], scores.predictions[name] = map(list, zip(*found, strict=True))
@@ -897,7 +892,8 @@ def compare(runs, prepared, store, split="test", device="auto", encoder=None):
     table : list of dict
         One row a method, for `analysis.as_table` and `analysis.plot_scores`.
     """
-    first, folders = next(iter(runs)), {m: analysis.each_training(run) for m, run in runs.items()}
+    folders = {name: analysis.metrics.each_training(run) for name, run in runs.items()}
+    first = next(iter(runs))
     scores = prepared.scores(store, split)
     before = starting_model(folders[first][0], encoder)
     after = [load_model(folder, encoder)[0] for folder in folders[first]]
@@ -938,7 +934,7 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
     """
     curves = {}
     for method, run in runs.items():
-        opened = [training.load_run(one) for one in analysis.each_training(run)]
+        opened = [training.load_run(one) for one in analysis.metrics.each_training(run)]
         curves[method] = [one.metrics for one in opened]
     facts = about(prepared, opened[0].config.seed)
     files.write_json(folder / f"{name}.json", {"table": table, **facts})
@@ -957,7 +953,7 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
 
 def _draw_answers(scores, method, prepared, images, count=8):
     """Draw items from the first training's best to its worst, with true and nearest prompt."""
-    pred = analysis.each_training(scores.predictions[method])[0]
+    pred = analysis.metrics.each_training(scores.predictions[method])[0]
     cosine = analysis.cosine(pred, scores.target)
     order = np.argsort(-cosine, kind="stable")
     picked = order[np.linspace(0, len(order) - 1, count).round().astype(int)]

@@ -21,10 +21,11 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import errors, files, runtime
+from rsdlib.data.forward import Forward, weights_key
 from rsdlib.data.images import decode_image, resize, split_locator
 from rsdlib.data.pairs import load_pairs
 from rsdlib.data.parts import open_part
-from rsdlib.data.stores import NONE_BAD, Forward, Store, half, weights_key
+from rsdlib.data.stores import NONE_BAD, Store, half
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
