@@ -968,13 +968,11 @@ def about(prepared, seed):
     """Return what every stored result says of itself: its data, the seed, the machine."""
     parts = prepared.config.source.split(os.pathsep)
     folders = [files.relative(files.resolve_path(part)) for part in parts]
-    return {  # of folders elsewhere, the name alone
-        "source": ", ".join(Path(f).name if os.path.isabs(f) else f for f in folders),
-        "prepared": prepared.key,
-        "sizes": prepared.sizes().to_dict("records"),
-        "seed": seed,
-        "environment": runtime.environment(),
-    }
+    # Of folders elsewhere, the name alone.
+    source = ", ".join(Path(f).name if os.path.isabs(f) else f for f in folders)
+    facts = {"source": source, "prepared": prepared.key}
+    facts["sizes"] = prepared.sizes().to_dict("records")
+    return {**facts, "seed": seed, "environment": runtime.environment()}
 
 
 def results_folder(profile):
