@@ -421,18 +421,7 @@ def three_ways(profile, backbone, prepared, *, seed=0, seeds=1, **options):
 
 
 def plan(
-    profile,
-    backbone,
-    prepared,
-    *,
-    weight=None,
-    head=None,
-    curriculum=None,
-    encoder=None,
-    objective=None,
-    stages=None,
-    on_bad="error",
-    **changes,
+    profile, backbone, prepared, curriculum=None, encoder=None, objective=None, stages=None, **how
 ):
     """Put together what one training needs, and train nothing yet.
 
@@ -442,10 +431,6 @@ def plan(
     backbone : str
         A name in ``profile.backbones``, or ``"timm:<name>"``; a name of your own with `encoder`.
     prepared : Prepared
-    weight : float, optional
-        The vocabulary loss's weight lambda; 0 trains the embedding alone ("vanilla").
-    head : str, optional
-        Arrangement of the heads.
     curriculum : {"none", "ours", "cbs", "lerac"} or CurriculumConfig, optional
         By name with the profile's settings. ``"ours"`` sorts by the difficulty that the same
         training without curriculum recorded, and trains that first if it is not there.
@@ -458,17 +443,19 @@ def plan(
     stages : list of rsdlib.training.Stage, or callable, optional
         An order of your own; a callable ``stages(rows, hardness, epochs)`` is given what the same
         training without curriculum recorded.
-    on_bad : {"error", "skip"}
-        What to do about images that cannot be read.
-    **changes
-        Training settings that differ from the profile's, such as ``epochs=3``.
+    **how
+        What differs from the profile: settings of the training, such as ``epochs=3``; ``weight``,
+        the vocabulary loss's lambda, 0 trains the embedding alone ("vanilla"); ``head``, the heads'
+        arrangement. And ``on_bad``, "error" or "skip": what to do about unreadable images.
 
     Returns
     -------
     Trial
     """
-    config = profile.training(backbone, **changes)
-    recipe, speech = _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config)
+    on_bad = how.pop("on_bad", "error")
+    heads = {name: how.pop(name, None) for name in ("weight", "head")}
+    config = profile.training(backbone, **how)
+    recipe, speech = _recipe(profile, backbone, prepared, encoder, heads, curriculum, config)
     model = recipe.build(encoder, speech=speech)
     start, front = data.weights_key(model), getattr(_encoder(model), "front", None)
     pairs = _pairs(prepared, model, recipe, on_bad, config.device)
@@ -476,9 +463,9 @@ def plan(
         _probe(model, pairs, recipe.head, config.device)
 
     def history():
-        plain = {"weight": weight, "head": head, "encoder": encoder, "objective": objective}
-        plain |= {"curriculum": "none", "on_bad": on_bad, **changes}
-        return training.load_run(train(profile, backbone, prepared, **plain)).difficulty
+        plain = {"curriculum": "none", "encoder": encoder, "objective": objective, **heads, **how}
+        run = train(profile, backbone, prepared, on_bad=on_bad, **plain)
+        return training.load_run(run).difficulty
 
     stages, callbacks = _order(recipe.curriculum, pairs.train, config.epochs, stages, history)
     keys = {"images": pairs.key, "start": start}
@@ -490,8 +477,8 @@ def plan(
     parts = [slug(backbone), "mlc" if recipe.words else "vanilla", recipe.curriculum.name]
     name = "-".join(parts).removesuffix("-none")
     folder = files.root() / "runs" / profile.name / f"{name}-{key}"
-    how = objective or _objective(model, recipe), stages, callbacks, config
-    return Trial(model, pairs, *how, recipe, folder, prepared, on_bad)
+    order = objective or _objective(model, recipe), stages, callbacks
+    return Trial(model, pairs, *order, config, recipe, folder, prepared, on_bad)
 
 
 def planned(folder):
@@ -562,7 +549,7 @@ def white_box(profile, prepared, context="caption", noised=False, frozen=(), kee
     return plan(profile, "unet", prepared, **options)
 
 
-def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config):
+def _recipe(profile, backbone, prepared, encoder, heads, curriculum, config):
     """Return what was asked for, in full: the profile's settings wherever nothing else was said.
 
     With what the encoder can say, if the heads are to hear it.
@@ -572,8 +559,7 @@ def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, conf
     else:
         name, size = type(encoder).__name__, encoder.image_size
         described = configs.BackboneConfig("own", name, image_size=size)
-    asked = {"weight": weight, "head": head}
-    heads = replace(profile.head, **{k: value for k, value in asked.items() if value is not None})
+    heads = replace(profile.head, **{k: value for k, value in heads.items() if value is not None})
     if described.library == "blip":  # it has one arrangement
         heads = configs.HeadConfig(weight=heads.weight)
     elif not heads.weight:  # one vanilla run, whatever arrangement was asked for
