@@ -460,7 +460,10 @@ def plan(
     start, front = data.weights_key(model), getattr(_encoder(model), "front", None)
     pairs = _pairs(prepared, model, recipe, on_bad, config.device)
     if recipe.head.probe:
-        _probe(model, pairs, recipe.head, config.device)
+        features = data.features(pairs.store, model.backbone, device=config.device)
+        read = data.PairStore(features, pairs.targets, None, 0, pairs.train, pairs.val)
+        known, held = (tuple(read.batch(rows).values()) for rows in (read.train, read.val))
+        model.probe(*known, held if recipe.head.chosen else None)
 
     def history():
         plain = {"curriculum": "none", "encoder": encoder, "objective": objective, **heads, **how}
@@ -597,13 +600,6 @@ def _pairs(prepared, model, recipe, on_bad, device):
         labels = data.pack(data.Vocabulary(recipe.words).encode(prepared.pairs["prompt"]))
     train, val = (prepared.rows(split, store) for split in ("train", "val"))
     return data.PairStore(store, targets, labels, len(recipe.words), train, val)
-
-
-def _probe(model, pairs, head, device):
-    features = data.features(pairs.store, model.backbone, device=device)
-    read = data.PairStore(features, pairs.targets, None, 0, pairs.train, pairs.val)
-    train, val = (tuple(read.batch(rows).values()) for rows in (read.train, read.val))
-    model.probe(*train, val if head.chosen else None)
 
 
 def _order(curriculum, rows, epochs, stages, history):
