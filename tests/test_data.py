@@ -727,7 +727,7 @@ def test_store_equals_a_fresh_decode(source, format):
     broken.diffusiondb(source, parts=3, format=format)
     pairs = data.load_pairs(source)
     store, expected = stored(pairs, SIZE), fresh(pairs)
-    assert len(store.ok) == len(pairs) == 15
+    assert len(store) == len(pairs) == 15
     assert store.ok.all()
     assert store.bad.empty
     for size in (0, 1, 7, 64):
@@ -894,7 +894,7 @@ def test_skipped_images_are_listed_and_never_replaced(source, capsys):
         stored(pairs, SIZE)
     store = stored(pairs, SIZE, on_bad="skip")
     assert "2 of 40 images are bad" in capsys.readouterr().out
-    assert store.ok.sum() + len(store.bad) == len(store.ok) == 40
+    assert store.ok.sum() + len(store.bad) == len(store) == 40
     assert {*store.bad["id"]} == {*chosen.values()} == {*pairs["id"][~store.ok]}
     assert [*store.bad["part"]] == [
         "source/images/part-000001.zip",

@@ -98,6 +98,9 @@ class Store:
             return np.empty(0, np.float32)
         return _mapped(self._paths[self._shard[self.ok.argmax()]])[:0]
 
+    def __len__(self):
+        return len(self.ok)
+
     def copied(self, folder):
         """Return the store as one file in `folder`, perhaps on a faster disk; made once.
 
