@@ -1,15 +1,7 @@
 """What predictions are worth: scores and how sure they are, comparisons, tables and figures."""
 
-from rsdlib.analysis import tables
-from rsdlib.analysis.metrics import (
-    bootstrap_ci,
-    clipscore,
-    cosine,
-    each_training,
-    paired_test,
-    ref_clipscore,
-    retrieval,
-)
+from rsdlib.analysis import metrics, tables
+from rsdlib.analysis.metrics import bootstrap_ci, clipscore, paired_test, ref_clipscore, retrieval
 from rsdlib.analysis.plots import (
     plain,
     plot_curves,
@@ -23,3 +15,4 @@ from rsdlib.analysis.plots import (
     save_figure,
 )
 from rsdlib.analysis.scores import Scores, as_table, ensemble_tables, rivals, swap_table
+from rsdlib.data import cosine

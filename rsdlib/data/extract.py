@@ -21,10 +21,11 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import errors, files, runtime
+from rsdlib.data.forward import Forward, weights_key
 from rsdlib.data.images import decode_image, resize, split_locator
 from rsdlib.data.pairs import load_pairs
 from rsdlib.data.parts import open_part
-from rsdlib.data.stores import NONE_BAD, Forward, Store, half, weights_key
+from rsdlib.data.stores import NONE_BAD, Store, half
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
@@ -73,13 +74,6 @@ def _opened(front, on):
         raise errors.CheckpointError("a frozen network has other weights than in the first process")
     layout = torch.channels_last if on.type == "cuda" else torch.preserve_format
     return Forward(module.to(on, memory_format=layout), on)
-
-
-def _answers(front, images, device):
-    """Return what a front makes of images (b, 3, s, s): uint8 as they are, else float16."""
-    if front.open is None:
-        return images
-    return half(_opened(front, runtime.device(device))(images))
 
 
 # --- one part -------------------------------------------------------------------------------------
@@ -132,9 +126,7 @@ def make_shards(path, wanted, fronts, folder, device="auto", about=""):
 
 def _buckets(names):
     """Split names by a hash where they are many: a new image changes one shard, not all after."""
-    count = 1
-    while count * _SHARD < len(names):  # a power of two: adding rarely splits
-        count *= 2
+    count = 1 << ((len(names) - 1) // _SHARD).bit_length()  # a power of two: adding rarely splits
     buckets = [[] for _ in range(count)]
     for name in names:
         buckets[zlib.crc32(name.encode()) % count].append(name)
@@ -177,8 +169,9 @@ def _run(part, names, fronts, device, about):
         bad |= {n: why for n, why in zip(batch, decoded, strict=True) if isinstance(why, str)}
         good = [images for images in decoded if not isinstance(images, str)]
         for front in fronts if good else ():
-            answers = np.stack([images[front.size] for images in good])
-            answers = _answers(front, answers, device)
+            answers = np.stack([images[front.size] for images in good])  # (b, 3, s, s), uint8
+            if front.open is not None:
+                answers = half(_opened(front, runtime.device(device))(answers))
             if not count:
                 made[front] = np.empty((len(names), *answers.shape[1:]), answers.dtype)
             made[front][count : count + len(good)] = answers
