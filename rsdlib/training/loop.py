@@ -213,6 +213,10 @@ class _Loop:
         self.plan, self.config, self.model = plan, plan.config, model
         self.accelerator = _accelerator(self.config)
         self.device = self.accelerator.device
+        # Ours: accelerate's own would stay behind in the model's `forward`.
+        self.precision = runtime.precision(self.config.precision, self.device)
+        bf16 = self.precision == "bf16"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.reader = _Batches(data, objective, self.config, self.rank, self.world)
         groups = _groups(model, self.config.weight_decay)
@@ -241,11 +245,7 @@ class _Loop:
         finally:
             for callback in self.callbacks:
                 callback.end(self)
-            # The model is left as it came; `forward` among its fields would keep it alive.
-            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-            if vars(self.model).get("forward") == type(self.model).forward.__get__(self.model):
-                del self.model.forward
-            self.model._compiled_call_impl = None
+            self.model._compiled_call_impl = None  # the model is left as it came
         if self.accelerator.is_main_process:
             self._write_difficulty()
         self.accelerator.wait_for_everyone()
@@ -301,7 +301,7 @@ class _Loop:
         try:
             # Checkpointed layers run again on the way back.
             with _attention(self.device), self.norms:
-                with self.accelerator.autocast():
+                with self.autocast:
                     loss, similarity = self.objective(self.wrapped, batch)
                 # Processes average their gradients: times their number, shares add up to the mean.
                 self.accelerator.backward(loss * (share * self.world))
@@ -368,7 +368,7 @@ class _Loop:
         whole = self.reader.whole(rows)
         size = max(self.config.batch_size // self.config.micro_batches, 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with evaluating(self.model), self.accelerator.autocast():
+        with evaluating(self.model), self.autocast:
             for start in range(0, len(mine), size):
                 part = mine[start : start + size]
                 batch = self._to_device(self.data.batch(part)) | whole
@@ -386,8 +386,7 @@ class _Loop:
     def _resume(self):
         """Take up the checkpoint if there is one, and its half-finished epoch; say what changed."""
         path = self.folder / runs.CHECKPOINT
-        precision = self.accelerator.mixed_precision.replace("no", "fp32")
-        now = {**runtime.environment(), "device": str(self.device), "precision": precision}
+        now = {**runtime.environment(), "device": str(self.device), "precision": self.precision}
         if not path.exists():
             if self.accelerator.is_main_process:
                 files.write_json(self.folder / runs.ENVIRONMENT, now)
@@ -422,8 +421,7 @@ def _accelerator(config):
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     many = torch.distributed.is_initialized()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=not many)
-    precision = runtime.precision(config.precision, device).replace("fp32", "no")
-    return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
 def _attention(device):
