@@ -341,7 +341,7 @@ class Trial:
             read = {"device": self.config.device, "description": "what it knows"}
             features = data.apply(self.model.backbone, self.pairs.store, some, **read)
             sides.append({"features": features, "texture": models.texture(images.batch(some))})
-        models.Domain.fit(*sides).save(self.folder / DOMAIN)
+        files.save_arrays(self.folder / DOMAIN, models.Domain.fit(*sides).arrays)
 
 
 PLAN = "plan.safetensors"
@@ -504,14 +504,14 @@ def planned(folder):
     recipe, (stored, meta) = Recipe.load(folder), files.load_arrays(folder / PLAN)
     config = from_dict(configs.TrainConfig, training.runs.made_from(folder)["train"])
     prepared = prepare(from_dict(configs.DataConfig, meta["data"]))
-    model, arrays = recipe.build(load=False), training.runs.grouped(stored)
-    training.runs.load_arrays_into(model, arrays["model"], folder / PLAN)
+    model, weights = recipe.build(load=False), training.runs.below(stored, "model.")
+    training.runs.load_arrays_into(model, weights, folder / PLAN)
     pairs = _pairs(prepared, model, recipe, meta["on_bad"], config.device)
     if pairs.key != recipe.images:
         message = f"the images of {files.relative(folder)} are not those it was planned with"
         raise errors.CheckpointError(message, "Plan it again: run the notebook that made it.")
     epochs = enumerate(meta["epochs"])
-    stages = [training.Stage(arrays["stage"][str(n)], count) for n, count in epochs]
+    stages = [training.Stage(stored[f"stage.{n}"], count) for n, count in epochs]
     callbacks = []
     if meta["callbacks"]:
         _, callbacks = training.regime(recipe.curriculum, pairs.train, config.epochs)

@@ -168,7 +168,7 @@ class Predictor:
             captioner, _ = _open(files.resolve_path(captioner), captions=True)
         bank = _known_prompts(folder, recipe) if bank is None else _embedded(bank, device)
         known = folder / experiment.DOMAIN
-        domain = models.Domain.load(known) if known.exists() else None
+        domain = models.Domain(files.load_arrays(known)[0]) if known.exists() else None
         return cls(model, recipe.words, bank, device, captioner, domain)
 
     @classmethod

@@ -76,14 +76,11 @@ def test_distances_grow_with_the_way_and_ignore_the_units():
 
 
 def test_a_stored_domain_gives_the_same_distances(domain, tmp_path):
-    domain.save(tmp_path / "domain.safetensors")
-    again, seen = Domain.load(tmp_path / "domain.safetensors"), views(50, 5)
+    path = tmp_path / "domain.safetensors"
+    files.save_arrays(path, domain.arrays)
+    again, seen = Domain(files.load_arrays(path)[0]), views(50, 5)
     np.testing.assert_array_equal(again.distance(seen), domain.distance(seen))
     assert again.views == domain.views == ["features", "texture"]
-    path = tmp_path / "domain.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(CacheError, match=r"domain\.safetensors"):
-        Domain.load(path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -326,7 +326,9 @@ def test_stages_of_ones_own_are_what_is_read(source):
 
     run = experiment.train(profile, "vit", prepared, weight=0.0, epochs=1, stages=hard_first)
     vanilla = experiment.train(profile, "vit", prepared, weight=0.0, epochs=1)
-    rows, hardness = training.run_difficulty(training.load_run(vanilla).difficulty)
+    record = training.load_run(vanilla).difficulty
+    rows = record["row"].to_numpy()
+    hardness = training.hardness_of(rows, record)
     table = training.load_run(run).difficulty.set_index("row")
     first = set(table.index[table["epoch_1"].notna()])
     assert first == set(rows[np.argsort(-hardness)][: len(rows) // 2])

@@ -125,7 +125,9 @@ def test_papers_curriculum_begins_with_what_was_easy_before(source, folders):
     prepared = experiment.prepare(chosen.data)
     ours = experiment.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3)
     vanilla = experiment.train(chosen, "vit", prepared, weight=0.0, epochs=3)
-    rows, hardness = training.run_difficulty(training.load_run(vanilla).difficulty)
+    record = training.load_run(vanilla).difficulty
+    rows = record["row"].to_numpy()
+    hardness = training.hardness_of(rows, record)
     table = training.load_run(ours).difficulty.set_index("row")
     first = table.index[table["epoch_1"].notna()]
     easy = dict(zip(rows.tolist(), hardness.tolist(), strict=True))
