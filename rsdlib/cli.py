@@ -138,6 +138,7 @@ def _execute(path, output, values, timeout):
     from papermill.exceptions import PapermillExecutionError
 
     how = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
+    how["kernel_manager_class"] = _our_kernel()
     how |= {"execution_timeout": timeout, "coalesce_streams": True}
     name = path.stem
     try:
@@ -155,6 +156,18 @@ def _execute(path, output, values, timeout):
         raise NotebookError(message, "Raise --timeout; a new run resumes.") from error
     except RuntimeError as error:  # what jupyter raises when a kernel does not come up
         raise NotebookError(f"{name}: {str(error).splitlines()[0]}", "Run it again.") from error
+
+
+def _our_kernel():
+    """Return the manager of a kernel in this interpreter, whatever is installed as python3."""
+    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    class Manager(AsyncKernelManager):
+        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+    return Manager
 
 
 # --- commands -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ resumed run takes the very steps that the uninterrupted one would have taken.
 import contextlib
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +234,7 @@ class _Loop:
         # the device, so that no step waits for the host.
         self.similarity = torch.zeros(len(data), device=self.device)
         self.visited = torch.zeros(len(data), device=self.device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss = torch.zeros((), dtype=runtime.exact(self.device), device=self.device)
         self._resume()
 
     def run(self):
@@ -273,7 +274,9 @@ class _Loop:
 
     def _loader(self):
         on_gpu, workers = self.device.type == "cuda", self.config.workers
-        how = {"num_workers": 2 * on_gpu if workers is None else workers, "pin_memory": on_gpu}
+        if workers is None:  # Windows starts them anew, without what a notebook has defined
+            workers = 2 if on_gpu and os.name == "posix" else 0
+        how = {"num_workers": workers, "pin_memory": on_gpu}
         how["generator"] = torch.Generator()  # the loader draws from it, not from the caller's
         batches = self.plan.batches(self.step)
         return torch.utils.data.DataLoader(self.reader, sampler=batches, batch_size=None, **how)
@@ -294,7 +297,7 @@ class _Loop:
                 loss, similarity = self._backward(batch, whole, share)
             if share:
                 where = torch.as_tensor(rows, device=self.device)
-                self.loss += loss.detach().double() * share
+                self.loss += loss.detach().to(self.loss) * share
                 self.similarity[where] = similarity.detach().float()
                 self.visited[where] = 1
         if config.clip is not None:
@@ -373,13 +376,13 @@ class _Loop:
         mine = np.array_split(rows, self.world)[self.rank]
         whole = self.reader.whole(rows)
         size = max(self.config.batch_size // self.config.micro_batches, 1)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2).to(self.loss)
         with evaluating(self.model), self.accelerator.autocast():
             for start in range(0, len(mine), size):
                 part = mine[start : start + size]
                 batch = self._to_device(self.data.batch(part)) | whole
                 loss, similarity = self.objective(self.model, batch)
-                sums += torch.stack([similarity.double().sum(), loss.double() * len(part)])
+                sums += torch.stack([similarity.to(sums).sum(), loss.to(sums) * len(part)])
         return (self.accelerator.reduce(sums, "sum") / len(rows)).tolist()
 
     def _save(self, epoch):
@@ -426,7 +429,7 @@ def _accelerator(config):
     import accelerate
 
     device = runtime.device(config.device)
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
