@@ -134,11 +134,16 @@ def _default_output(path, values):
 def _execute(path, output, values, timeout):
     """Run papermill; every way it can fail becomes a `NotebookError` with its exit code."""
     import papermill
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client import AsyncKernelManager, kernelspec
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    class OurKernel(AsyncKernelManager):  # in this interpreter, whatever is installed as python3
+        kernel_spec = kernelspec.KernelSpec(**get_kernel_dict())
+
     how = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
-    how["kernel_manager_class"] = _our_kernel()
+    how["kernel_manager_class"] = OurKernel
     how |= {"execution_timeout": timeout, "coalesce_streams": True}
     name = path.stem
     try:
@@ -156,18 +161,6 @@ def _execute(path, output, values, timeout):
         raise NotebookError(message, "Raise --timeout; a new run resumes.") from error
     except RuntimeError as error:  # what jupyter raises when a kernel does not come up
         raise NotebookError(f"{name}: {str(error).splitlines()[0]}", "Run it again.") from error
-
-
-def _our_kernel():
-    """Return the manager of a kernel in this interpreter, whatever is installed as python3."""
-    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-
-    class Manager(AsyncKernelManager):
-        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
-
-    return Manager
 
 
 # --- commands -------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def sparing(folder, without):
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in _LACKING:
             raise
-        _warn(f"the file system of {relative(folder)} lacks a call ({error}): {without}")
+        _warn(f"the file system of {folder} lacks a call ({error}): {without}")
 
 
 @contextlib.contextmanager

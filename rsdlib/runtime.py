@@ -38,29 +38,21 @@ def device(name="auto"):
 
 
 @functools.cache
-def _apple_or_cpu():
-    """Return "mps" where an Apple GPU can do what is asked of it, else "cpu", and say why."""
+def _apple_or_cpu(apple="mps"):
+    """Return the Apple GPU if it can do what we ask and torch had last, else the CPU; say why."""
     import torch
+    from torch.nn import functional as F
 
     if not torch.backends.mps.is_available():
         return "cpu"
     try:
-        _try_operations("mps")
-        return "mps"
+        image = torch.ones(1, 3, 8, 8, device=apple, requires_grad=True)
+        F.interpolate(image, size=(4, 4), mode="bicubic", antialias=True)
+        F.scaled_dot_product_attention(image, image, image).sum().backward()
     except (RuntimeError, TypeError) as error:
         log(f"using the CPU: the Apple GPU cannot do it all ({str(error).splitlines()[0]})")
         return "cpu"
-
-
-def _try_operations(on):
-    """Run what we use and torch had last, or lacks, on GPUs that are not NVIDIA's."""
-    import torch
-    from torch.nn import functional as F
-
-    image = torch.nn.Parameter(torch.ones(1, 3, 8, 8, device=on))
-    F.interpolate(image, size=(4, 4), mode="bicubic", antialias=True)
-    F.scaled_dot_product_attention(image, image, image).sum().backward()
-    torch.optim.AdamW([image], fused=True).step()
+    return apple
 
 
 def exact(on):

@@ -11,6 +11,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -228,7 +229,8 @@ def executor(processes=0, dask=""):
             yield client.get_executor(pure=False, retries=10)
     elif processes > 1:
         context = multiprocessing.get_context("spawn")
-        processes = min(processes, 61) if os.name == "nt" else processes  # Windows waits for no more
+        if sys.platform == "win32":
+            processes = min(processes, 61)  # it cannot wait for more
         numbers = context.SimpleQueue()
         for number in range(processes):
             numbers.put(number)

@@ -7,7 +7,7 @@ resumed run takes the very steps that the uninterrupted one would have taken.
 import contextlib
 import json
 import math
-import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,9 +274,8 @@ class _Loop:
 
     def _loader(self):
         on_gpu, workers = self.device.type == "cuda", self.config.workers
-        if workers is None:  # Windows starts them anew, without what a notebook has defined
-            workers = 2 if on_gpu and os.name == "posix" else 0
-        how = {"num_workers": workers, "pin_memory": on_gpu}
+        usual = 2 * (on_gpu and sys.platform != "win32")  # there they lack what a notebook defines
+        how = {"num_workers": usual if workers is None else workers, "pin_memory": on_gpu}
         how["generator"] = torch.Generator()  # the loader draws from it, not from the caller's
         batches = self.plan.batches(self.step)
         return torch.utils.data.DataLoader(self.reader, sampler=batches, batch_size=None, **how)

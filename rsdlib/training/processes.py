@@ -35,18 +35,16 @@ def launch(folder, processes):
     RsdError
         They did not train it to its end.
     """
-    if os.name == "nt":
+    if sys.platform == "win32":
         raise DeviceError("Windows does not train in several processes", "Use 1, or Linux's (WSL).")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "rsdlib.cli", "train", str(folder)]
     threads = max((os.cpu_count() or 1) // processes, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "RSD_HEADLESS": "1"}
-    environment[PARENT] = str(os.getpid())
-    environment["PYTHONIOENCODING"] = "utf-8"
+    environment |= {PARENT: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    how["errors"] = "replace"
     reason = "their last words stand above"
-    with subprocess.Popen(command, env=environment, **how) as child:
+    with subprocess.Popen(command, env=environment, errors="replace", **how) as child:
         try:
             for line in map(str.rstrip, child.stdout):
                 runtime.log(line)
