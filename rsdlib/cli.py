@@ -139,12 +139,11 @@ def _execute(path, output, values, timeout):
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    class OurKernel(AsyncKernelManager):  # in this interpreter, whatever is installed as python3
+    class Ours(AsyncKernelManager):  # in this interpreter, whatever is installed as python3
         kernel_spec = kernelspec.KernelSpec(**get_kernel_dict())
 
     how = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
-    how["kernel_manager_class"] = OurKernel
-    how |= {"execution_timeout": timeout, "coalesce_streams": True}
+    how |= {"execution_timeout": timeout, "coalesce_streams": True, "kernel_manager_class": Ours}
     name = path.stem
     try:
         return papermill.execute_notebook(str(path), str(output), parameters=values, **how)

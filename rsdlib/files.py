@@ -70,8 +70,8 @@ def checksum(arrays):
 # --- what file systems lack -----------------------------------------------------------------------
 
 # What they answer to a call that they do not know; all else is trouble.
-_LACKING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EPERM}
-_LACKING |= {errno.ENODEV, errno.ENOTTY}
+_NAMES = "ENOSYS ENOTSUP EOPNOTSUPP ENOLCK EINVAL EPERM ENODEV ENOTTY"
+_LACKING = {getattr(errno, name) for name in _NAMES.split()}
 _warn = functools.cache(runtime.log)  # once a process
 
 
@@ -93,11 +93,9 @@ def locked(path, busy):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
+    alone = refusing(filelock.Timeout, RunBusyError, busy, "Wait for it, or use another folder.")
     with contextlib.ExitStack() as held:
-        with (
-            refusing(filelock.Timeout, RunBusyError, busy, "Wait for it, or use another folder."),
-            sparing(path.parent, "nothing keeps a second process out"),
-        ):
+        with alone, sparing(path.parent, "nothing keeps a second process out"):
             held.enter_context(lock)
         yield
 

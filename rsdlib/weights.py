@@ -42,8 +42,8 @@ class ModelSpec:
         the names are the library's own.
     files : list of str
         Names, or patterns of names, of the files that are needed; empty fetches all.
-    size : int or None
-        Bytes of these files together, about.
+    size : int
+        Bytes of these files together, about; 0 where that is not known.
     """
 
     hub: str
@@ -54,7 +54,7 @@ class ModelSpec:
     inside: str = "model"
     checkpoint: str = ""
     files: list = field(default_factory=list)
-    size: int | None = None
+    size: int = 0
 
 
 _TABLES = tomllib.loads((Path(__file__).parent / "weights.toml").read_text(encoding="utf-8"))
@@ -108,8 +108,8 @@ def whereabouts(name):
     spec = MODELS[name]
     if folder := override(name):
         return "folder", folder
-    if folder := _packaged(spec):
-        return "package", folder
+    if package := find_spec(spec.package) if spec.package else None:
+        return "package", Path(package.submodule_search_locations[0]) / spec.inside
     with contextlib.suppress(ModelNotFoundError):
         return "cache", _fetched(name, local_files_only=True)
     return "no", None
@@ -184,11 +184,6 @@ def find(name, marker, *, fetch=True):
     return locate(name) if fetch and name in MODELS else override(name)
 
 
-def _packaged(spec):
-    package = find_spec(spec.package) if spec.package else None
-    return Path(package.submodule_search_locations[0]) / spec.inside if package else None
-
-
 def _fetched(name, **how):
     spec = MODELS[name]
     if not spec.hub:
@@ -202,7 +197,7 @@ def _fetched(name, **how):
         from huggingface_hub import hf_hub_download, snapshot_download
 
         how["revision"] = spec.revision
-        folder = Path(snapshot_download(spec.hub, allow_patterns=spec.files, **how))
+        folder = Path(snapshot_download(spec.hub, allow_patterns=spec.files or None, **how))
         for file in spec.files:  # without the hub it answers with what is there, whole or not
             if "*" not in file and not (folder / file).is_file():
                 hf_hub_download(spec.hub, file, **how)

@@ -229,8 +229,8 @@ def executor(processes=0, dask=""):
             yield client.get_executor(pure=False, retries=10)
     elif processes > 1:
         context = multiprocessing.get_context("spawn")
-        if sys.platform == "win32":
-            processes = min(processes, 61)  # it cannot wait for more
+        # Windows cannot wait for more.
+        processes = min(processes, 61) if sys.platform == "win32" else processes
         numbers = context.SimpleQueue()
         for number in range(processes):
             numbers.put(number)

@@ -36,7 +36,7 @@ def launch(folder, processes):
         They did not train it to its end.
     """
     if sys.platform == "win32":
-        raise DeviceError("Windows does not train in several processes", "Use 1, or Linux's (WSL).")
+        raise DeviceError("Windows does not train in several processes", "Use processes=1, or WSL.")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "rsdlib.cli", "train", str(folder)]
     threads = max((os.cpu_count() or 1) // processes, 1)

@@ -7,7 +7,6 @@ The foundation models learn from it and from nothing else; none of its pictures 
 
 import functools
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
