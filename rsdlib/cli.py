@@ -134,11 +134,16 @@ def _default_output(path, values):
 def _execute(path, output, values, timeout):
     """Run papermill; every way it can fail becomes a `NotebookError` with its exit code."""
     import papermill
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client import AsyncKernelManager, kernelspec
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    class Ours(AsyncKernelManager):  # in this interpreter, whatever is installed as python3
+        kernel_spec = kernelspec.KernelSpec(**get_kernel_dict())
+
     how = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
-    how |= {"execution_timeout": timeout, "coalesce_streams": True}
+    how |= {"execution_timeout": timeout, "coalesce_streams": True, "kernel_manager_class": Ours}
     name = path.stem
     try:
         return papermill.execute_notebook(str(path), str(output), parameters=values, **how)

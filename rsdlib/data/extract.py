@@ -11,6 +11,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -110,8 +111,8 @@ def make_shards(path, wanted, fronts, folder, device="auto", about=""):
         images = {name for name in part.names() if not name.endswith(_NO_IMAGES)}
         for names in _buckets(sorted(images | set(wanted))):
             content = files.digest([names, [part.crc(name) for name in names], _RULE])
-            notes = folder / f"{path.stem}-{content}.json"
-            paths = {f: folder / f"{path.stem}-{content}-{f.key}.npy" for f in fronts}
+            notes = folder / f"{path.stem[:40]}-{content}.json"
+            paths = {f: folder / f"{path.stem[:40]}-{content}-{f.key}.npy" for f in fronts}
             bad = _read_notes(notes)
             missing = [f for f in fronts if bad is None or not _is_whole(paths[f])]
             if missing:
@@ -221,6 +222,8 @@ def executor(processes=0, dask=""):
             yield client.get_executor(pure=False, retries=10)
     elif processes > 1:
         context = multiprocessing.get_context("spawn")
+        # Windows cannot wait for more.
+        processes = min(processes, 61) if sys.platform == "win32" else processes
         numbers = context.SimpleQueue()
         for number in range(processes):
             numbers.put(number)

@@ -7,6 +7,7 @@ resumed run takes the very steps that the uninterrupted one would have taken.
 import contextlib
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +234,7 @@ class _Loop:
         # This epoch's similarities, NaN where there is none, and the loss since the last line: on
         # the device, so that no step waits for the host.
         self.similarity = torch.full((len(data),), np.nan, device=self.device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss = torch.zeros((), dtype=runtime.exact(self.device), device=self.device)
         self._resume()
 
     def run(self):
@@ -267,7 +268,8 @@ class _Loop:
 
     def _loader(self):
         on_gpu, workers = self.device.type == "cuda", self.config.workers
-        how = {"num_workers": 2 * on_gpu if workers is None else workers, "pin_memory": on_gpu}
+        usual = 2 * (on_gpu and sys.platform != "win32")  # there they lack what a notebook defines
+        how = {"num_workers": usual if workers is None else workers, "pin_memory": on_gpu}
         how["generator"] = torch.Generator()  # the loader draws from it, not from the caller's
         batches = self.plan.batches(self.step)
         return torch.utils.data.DataLoader(self.reader, sampler=batches, batch_size=None, **how)
@@ -287,7 +289,7 @@ class _Loop:
                 loss, similarity = self._backward(batch, whole, share)
             if share:
                 where = torch.as_tensor(rows, device=self.device)
-                self.loss += loss.detach().double() * share
+                self.loss += loss.detach().to(self.loss) * share
                 self.similarity[where] = similarity.detach().float()
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -367,13 +369,13 @@ class _Loop:
         mine = np.array_split(rows, self.world)[self.rank]
         whole = self.reader.whole(rows)
         size = max(self.config.batch_size // self.config.micro_batches, 1)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2).to(self.loss)
         with evaluating(self.model), self.autocast:
             for start in range(0, len(mine), size):
                 part = mine[start : start + size]
                 batch = self._to_device(self.data.batch(part)) | whole
                 loss, similarity = self.objective(self.model, batch)
-                sums += torch.stack([similarity.double().sum(), loss.double() * len(part)])
+                sums += torch.stack([similarity.to(sums).sum(), loss.to(sums) * len(part)])
         return (self.accelerator.reduce(sums, "sum") / len(rows)).tolist()
 
     def _save(self, epoch):
@@ -415,7 +417,7 @@ def _accelerator(config):
     import accelerate
 
     device = runtime.device(config.device)
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rsdlib import files, runtime
-from rsdlib.errors import RsdError
+from rsdlib.errors import DeviceError, RsdError
 
 PARENT = "RSD_PARENT"  # the process that started this one and must not die before it
 
@@ -32,17 +32,21 @@ def launch(folder, processes):
 
     Raises
     ------
+    DeviceError
+        This is Windows.
     RsdError
         They did not train it to its end.
     """
+    if sys.platform == "win32":
+        raise DeviceError("Windows does not train in several processes", "Use processes=1, or WSL.")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "rsdlib.cli", "train", str(folder)]
     threads = max((os.cpu_count() or 1) // processes, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "RSD_HEADLESS": "1"}
-    environment[PARENT] = str(os.getpid())
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment |= {PARENT: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     reason = "their last words stand above"
-    with subprocess.Popen(command, env=environment, **how) as child:
+    with subprocess.Popen(command, env=environment, errors="replace", **how) as child:
         try:
             for line in map(str.rstrip, child.stdout):
                 runtime.log(line)

@@ -5,14 +5,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pandas as pd
 import torch
 
 from rsdlib import files, runtime
 from rsdlib.config import FREE, TrainConfig
-from rsdlib.errors import CacheError, CheckpointError, RunBusyError, refusing
+from rsdlib.errors import CacheError, CheckpointError
 
 LAYOUT = 2  # of a run folder; another one is refused by name
 CONFIG, ENVIRONMENT = "config.json", "run.json"
@@ -94,15 +93,12 @@ def load_run(folder):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a run folder for this process; a killed holder's lock is gone with it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold a run folder for this process and those that train with it."""
     if not runtime.is_main_process():
         yield
         return
-    message = f"another process is training in {files.relative(folder)}"
-    with refusing(filelock.Timeout, RunBusyError, message, "Wait for it, or use another folder."):
-        lock = filelock.FileLock(folder / ".lock", timeout=0).acquire()
-    with lock:
+    busy = f"another process is training in {files.relative(folder)}"
+    with files.locked(folder / ".lock", busy):
         files.remove_leftovers(folder)
         yield
 
