@@ -5,7 +5,7 @@ from rsdlib.data.extract import check_shards, executor, extract, find_parts, net
 from rsdlib.data.fetch import check_diffusiondb, fetch_diffusiondb, part_range
 from rsdlib.data.images import decode_image, find_images, open_image, resize
 from rsdlib.data.pairs import load_pairs, load_prompts
-from rsdlib.data.prompts_in_images import StoredPrompt, plain, stored_prompt
+from rsdlib.data.prompts_in_images import EmbeddedPrompt, plain, read_prompt
 from rsdlib.data.stores import (
     PairStore,
     Pictures,
