@@ -10,7 +10,6 @@ import dataclasses
 import html
 import io
 import json
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -31,6 +30,7 @@ _BROKEN = (*_BROKEN_IMAGE, KeyError, AttributeError)
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _PLACES, _EXIF = _TABLES["places"], {int(tag, 16): name for tag, name in _TABLES["exif"].items()}
 _WRITERS = {name: re.compile(pattern) for name, pattern in _TABLES["writers"].items()}
+BOILERPLATE = {word: n for n in (1, 2) for word in _TABLES["boilerplate"][n - 1].split()}
 _FIND = {name: re.compile(pattern) for name, pattern in _TABLES["patterns"].items()}
 
 
@@ -87,7 +87,7 @@ def read_prompt(image):
         try:
             if found := _read_text(place, texts[place].strip()):
                 return _judge(*found, size, f"{place}\n{texts[place]}\n{texts.get('extras')}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             reasons.append(f"{place}: {error}")
     nothing = f"no prompt in any known form, within {MAX_TEXT:,} bytes"
     return EmbeddedPrompt(None, reason="; ".join(reasons) or nothing)
@@ -99,7 +99,7 @@ def _judge(prompt, negative, settings, picture, text):
         negative = ", ".join(re.findall(r"\[([^\[\]]*)\]", prompt))
         prompt = re.sub(r" ?\[[^\[\]]*\]", "", prompt)
     prompt, negative = prompt.strip(), negative.strip()
-    if not any(map(str.isalnum, prompt)) or prompt.lower() in _TABLES["placeholders"]:
+    if re.sub(r"[\W_]+", " ", prompt.lower()).strip() in _TABLES["placeholders"]:
         raise ValueError(f"{prompt[:40]!r} is a placeholder")
     if len(prompt) > MAX_PROMPT or _FIND["damaged"].search(prompt + negative):
         raise ValueError("the prompt is damaged, or no prompt at that length")
@@ -128,7 +128,7 @@ def _agree(picture, stored, text):
 
 def _read_image(image):
     """Return the texts of an image by their places, and its width and height."""
-    if isinstance(image, Image.Image) and os.path.isfile(getattr(image, "filename", "")):
+    if isinstance(image, Image.Image) and Path(str(getattr(image, "filename", ""))).is_file():
         image = image.filename
     if not isinstance(image, bytes | Image.Image):
         place, name = split_locator(image)
@@ -208,8 +208,6 @@ def _read_json(tree):
     outer = {key: flat[key] for key in _TABLES["outer"] if key in flat}
     if str(flat.get("software")).startswith("NovelAI"):
         outer["prompt"] = flat.get("description")
-    if isinstance(flat.get("images"), list) and len(flat["images"]) == 1:
-        [flat["image"]] = flat["images"]
     for key in _TABLES["inner"]:
         if inner := _object(flat.get(key)):
             found = _read_json(outer | inner)
@@ -250,9 +248,10 @@ def _as_comfyui(nodes, edges):
     """Return InvokeAI's graph as ComfyUI would write it."""
     for edge in edges:
         inputs, name = nodes[edge["destination"]["node_id"]], edge["destination"]["field"]
-        inputs.pop(name, None)  # what stood there before the edge
+        inputs[name] = 0  # what stood there before the edge
         inputs[f"{len(inputs)} {name}"] = [edge["source"]["node_id"], 0]
-    return {key: {"class_type": node["type"], "inputs": node} for key, node in nodes.items()}
+    own = {"id": 0, "type": 0}
+    return {key: {"class_type": node["type"], "inputs": node | own} for key, node in nodes.items()}
 
 
 def _read_graph(nodes):
@@ -263,7 +262,7 @@ def _read_graph(nodes):
     for key in pending:
         if key in nodes and key not in behind:
             behind.add(key)
-            pending += _links(nodes[key][1]).values()
+            pending += [str(link[0]) for link in nodes[key][1].values() if _is_link(link)]
     drawing = {key: nodes[key] for key in sorted(behind.difference(savers))}
     prompt, negative = _text_behind(nodes, drawing, "positive", "negative"), ""
     with contextlib.suppress(ValueError):
@@ -273,10 +272,8 @@ def _read_graph(nodes):
     return prompt, negative, sized
 
 
-def _links(inputs):
-    """Return to which nodes a node's inputs lead."""
-    pairs = {name: value for name, value in inputs.items() if isinstance(value, list)}
-    return {name: str(pair[0]) for name, pair in pairs.items() if len(pair) == 2}
+def _is_link(value):
+    return isinstance(value, list) and len(value) == 2
 
 
 def _text_behind(nodes, drawing, role, other):
@@ -294,15 +291,14 @@ def _text_behind(nodes, drawing, role, other):
             names = [name for name in names if name in (*roles, "wildcard")]  # a detailer's words
         holders = [*filter(_FIND["holds_text"].search, names)]
         found = [inputs[name] for name in holders if isinstance(inputs[name], str)]
-        links = _links({name: inputs[name] for name in names})
-        links = [links[name] for name in links if not _FIND["leads_elsewhere"].search(name)]
+        links = [name for name in names if not _FIND["leads_elsewhere"].search(name)]
+        links = [str(inputs[name][0]) for name in links if _is_link(inputs[name])]
         others = [name for name in names if name not in holders]
         edits = [name for name in others if isinstance(inputs[name], str) or "seed" in name]
         edits = holders and edits and "clip" not in " ".join(inputs)
-        if edits or _FIND["makes_words"].search(" ".join([kind, *others])):
-            raise ValueError(f"ambiguous: its graph makes words ({kind})")
-        if not found + links:
-            raise ValueError(f"ambiguous: no text is known behind {kind}")
+        makes = edits or _FIND["makes_words"].search(" ".join([kind, *others]))
+        if makes or not found + links:
+            raise ValueError(f"ambiguous: no fixed words behind {kind}")
         texts.update(map(str.strip, found))
         pending += links
     texts = texts - {""} or texts
@@ -329,7 +325,8 @@ def plain(prompt):
     -------
     str
     """
-    if _FIND["dialect"].search(prompt):
+    signs = map(prompt.__contains__, _TABLES["plain"]["signs"])
+    if _FIND["dialect"].search(prompt) or prompt != prompt.strip(" ,") or any(signs):
         for expression, instead in _TABLES["plain"]["steps"]:
             prompt = re.sub(expression, instead, prompt)
     return prompt
