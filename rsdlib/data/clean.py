@@ -197,13 +197,14 @@ def choose_bands(threshold, miss):
 def near_duplicates(prompts, threshold=0.8, seed=0):
     """Find prompts that repeat an earlier one up to a few words.
 
-    Prompt i is dropped if and only if some earlier *kept* prompt has a token-set Jaccard similarity
-    of at least `threshold` with it. The tokens are the words of the plain form, see `plain`,
-    without the wording that all prompts share, such as "best quality, 8k" (``words.toml``), unless
-    there are no others. Candidates agree in a band of their MinHash signatures; each is verified
-    exactly, so nothing is dropped falsely. A true pair at the threshold is missed with a
-    probability below 0.5 %, closer ones far less. Prompts without any word are compared as
-    normalised text.
+    Prompt i is dropped if and only if it repeats some earlier *kept* prompt: the Jaccard similarity
+    of their sets of words is at least `threshold`, both of all words and of those that say
+    something. Prompts are read in their plain form, see `plain`; what all share, such as "best
+    quality, 8k" (``prompts_in_images.toml``), says nothing, unless a prompt has nothing else. Where
+    two say the same, that is enough, below a threshold of 1. Candidates agree in a band of their
+    MinHash signatures; each is verified exactly, so nothing is dropped falsely. A true pair at the
+    threshold is missed with a probability below 0.5 %, closer ones far less. Prompts without any
+    word are compared as normalised text.
 
     Parameters
     ----------
@@ -230,23 +231,32 @@ def repeated_prompts(prompts, threshold, seed=0):
     """Return which kept prompt each one repeats, as `near_duplicates` says; -1 where it stays."""
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold = {threshold!r} is out of range", "It must lie in (0, 1].")
-    words, numbers, starts = word_sets(map(wording, check_texts(prompts)), BOILERPLATE)
+    prompts = check_texts(prompts)
+    words, numbers, starts = word_sets(map(wording, prompts), BOILERPLATE)
     hashes = pd.util.hash_array(np.array(words, dtype=object))
     signatures = _shared_bands(hashes, numbers, starts, choose_bands(threshold, 0.005), seed)
 
-    def similarity(*pair):
-        one, other = (frozenset(numbers[starts[i] : starts[i + 1]].tolist()) for i in pair)
-        return len(one & other) / len(one | other)
+    def alike(*pair):
+        said = jaccard(*(numbers[starts[i] : starts[i + 1]].tolist() for i in pair))
+        if said < threshold or said == 1 > threshold:
+            return said == 1
+        texts = [wording(prompts[i]) for i in pair]
+        return jaccard(*(find_words(text) or [text] for text in texts)) >= threshold
 
     kept = defaultdict(list)  # a band and what stands in it -> kept prompts
     repeated = np.full(len(starts) - 1, -1)
     for i in np.flatnonzero(signatures.any(axis=0)).tolist():
         bands = signatures[:, i][signatures[:, i] > 0].tolist()
         others = sorted({other for band in bands for other in kept[band]})
-        repeated[i] = next((j for j in others if similarity(i, j) >= threshold), -1)
+        repeated[i] = next((j for j in others if alike(i, j)), -1)
         for band in bands if repeated[i] < 0 else ():
             kept[band].append(i)
     return repeated
+
+
+def jaccard(one, other):
+    """Return the Jaccard similarity of two collections of words, as sets."""
+    return len({*one} & {*other}) / len({*one} | {*other})
 
 
 def word_sets(texts, boilerplate=types.MappingProxyType({})):
