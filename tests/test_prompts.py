@@ -326,7 +326,7 @@ def test_word_sets_are_the_words_of_each_text(monkeypatch):
     monkeypatch.setattr(cleaning, "_CHUNK", 100)
     texts = [*map(data.normalise, [*similar_prompts(950, np.random.default_rng(4)), *ODD.values()])]
     texts += ["", "! ?", "!", "! ?", "a ! a"]
-    words, numbers, starts = cleaning.word_sets(iter(texts))
+    words, numbers, starts = cleaning.word_sets(iter(texts), {})
     found = [numbers[a:b].tolist() for a, b in itertools.pairwise(starts)]
     expected = [set(re.findall(r"\w+", text)) or {text} for text in texts]
     assert [*map(len, found)] == [*map(len, map(set, found))] == [*map(len, expected)]

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import re
-import types
 import unicodedata
 from collections import Counter, defaultdict
 
@@ -259,7 +258,7 @@ def jaccard(one, other):
     return len({*one} & {*other}) / len({*one} | {*other})
 
 
-def word_sets(texts, boilerplate=types.MappingProxyType({})):
+def word_sets(texts, boilerplate):
     """Return which words are in which of an iterator of texts; one without any counts as a word.
 
     Returns the words; the numbers (t,) of the first text's, each once, then those of the second's,

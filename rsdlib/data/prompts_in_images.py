@@ -25,7 +25,6 @@ MAX_TEXT = 2**20  # bytes of one text; ComfyUI's large graphs have 0.3 MB
 MAX_TEXTS, MAX_CHUNKS = 1_000, 100_000  # of a PNG
 MAX_PROMPT = 100_000  # characters
 _CHUNKS = {b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND"}
-_BROKEN = (*_BROKEN_IMAGE, KeyError, AttributeError)
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _PLACES, _EXIF = _TABLES["places"], {int(tag, 16): name for tag, name in _TABLES["exif"].items()}
@@ -134,11 +133,10 @@ def _read_image(image):
         place, name = split_locator(image)
         with open_part(files.resolve_path(place)) as part:
             image = part.read(name)
-    with refusing(_BROKEN, BadImageError, "", "", "its metadata cannot be read ({})"):
-        if isinstance(image, Image.Image):
-            return _texts(image), image.size
-        with Image.open(io.BytesIO(_without_pixels(image)), formats=FORMATS) as opened:
-            return _texts(opened), opened.size
+    with refusing(_BROKEN_IMAGE, BadImageError, "", "", "its metadata cannot be read ({})"):
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(_without_pixels(image)), formats=FORMATS)
+        return _texts(image), image.size
 
 
 def _texts(image):
@@ -209,10 +207,13 @@ def _read_json(tree):
     if str(flat.get("software")).startswith("NovelAI"):
         outer["prompt"] = flat.get("description")
     for key in _TABLES["inner"]:
-        if inner := _object(flat.get(key)):
-            found = _read_json(outer | inner)
-            if found or key != "extrametadata":
-                return found
+        inner = flat.get(key)
+        if isinstance(inner, str) and inner.lstrip().startswith("{"):
+            with contextlib.suppress(ValueError):
+                inner = json.loads(inner)
+        found = _read_json(outer | inner) if isinstance(inner, dict) else None
+        if found or (isinstance(inner, dict) and key != "extrametadata"):
+            return found
     if isinstance(flat.get("nodes"), dict) and "edges" in flat:
         tree = _as_comfyui(flat["nodes"], flat["edges"])
     nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
@@ -226,14 +227,6 @@ def _read_json(tree):
     if len(prompts) > 1:
         raise ValueError(f"ambiguous: it holds {len(prompts)} prompts")
     return prompts[0], ", ".join(negatives), json.dumps(flat)
-
-
-def _object(value):
-    """Return the JSON object that a value is, or holds as text."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    return value if isinstance(value, dict) else None
 
 
 def _strings(value):
@@ -250,7 +243,7 @@ def _as_comfyui(nodes, edges):
         inputs, name = nodes[edge["destination"]["node_id"]], edge["destination"]["field"]
         inputs[name] = 0  # what stood there before the edge
         inputs[f"{len(inputs)} {name}"] = [edge["source"]["node_id"], 0]
-    own = {"id": 0, "type": 0}
+    own = {"id": 0, "type": 0}  # not what it reads
     return {key: {"class_type": node["type"], "inputs": node | own} for key, node in nodes.items()}
 
 

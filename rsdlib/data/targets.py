@@ -60,7 +60,7 @@ class Vocabulary:
         """
         tagger = runtime.require("textblob.en.taggers", "textblob").PatternTagger()
         texts = list(dict.fromkeys(map(wording, check_texts(prompts))))
-        words, numbers, _ = word_sets(iter(texts))
+        words, numbers, _ = word_sets(iter(texts), {})
         frequency = dict(zip(words, np.bincount(numbers).tolist(), strict=True))
         tagged, votes = Counter(), Counter()
         for text in heapq.nsmallest(_TAGGED, texts, key=prompt_key):
