@@ -89,6 +89,7 @@ class CleanConfig:
     english_only: bool = True
     images_per_prompt: Positive = 1  # further images of the same normalised prompt are dropped
     near_duplicate: Annotated[float, Field(ge=0.5, le=1)] | None = 0.8  # Jaccard; None keeps all
+    plain: bool = False  # take tags, weights and brackets out of the prompts: `rsdlib.data.plain`
 
 
 @settings

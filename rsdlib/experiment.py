@@ -26,7 +26,7 @@ SPLITS = ("train", "val", "test")
 # --- prepare --------------------------------------------------------------------------------------
 
 UNSTORED = 512  # pixels a side from which images are not stored: 0.8 MB each
-_RULES = "3"  # part of the key of prepared data: change it with what the rules of `data` do
+_RULES = "4"  # part of the key of prepared data: change it with what the rules of `data` do
 
 
 @dataclass(frozen=True)
@@ -168,15 +168,15 @@ def prepare(config):
         Too few pairs are left to train on and to judge by; see also `rsdlib.data.load_pairs`.
     """
     pairs = data.load_pairs(config.source, limit=config.limit)
-    ruled = [name for name in ("id", "prompt", "image_nsfw", "prompt_nsfw") if name in pairs]
+    ruled = pairs.columns.intersection(["id", "prompt", "image_nsfw", "prompt_nsfw", "reason"])
     fingerprint = pd.util.hash_pandas_object(pairs[ruled].astype(str), index=False).tolist()
     settings = {name: value for name, value in as_dict(config).items() if name != "source"}
     key = files.digest([settings, _RULES, fingerprint])
     folder = files.cache_dir() / "prepared" / key
     if not (folder / "vocabulary.json").exists():  # the last file of this step
         _prepare(config, pairs, folder)
-    metadata = pairs.drop(columns=["prompt", "key", "split"], errors="ignore")  # ours are others
     kept = pd.read_parquet(folder / "pairs.parquet")
+    metadata = pairs.drop(columns=[*kept.columns.drop("id")], errors="ignore")  # ours are others
     kept = kept.merge(metadata, on="id", how="left", validate="1:1")
     vocabulary = data.Vocabulary.load(folder / "vocabulary.json")
     prompts = kept["prompt"]
@@ -201,7 +201,8 @@ def _prepare(config, pairs, folder):
             message = f"the {split} split of {config.source} has {of}, too few to judge by"
             raise errors.BadTableError(message, "Add data.")
     train = kept.loc[kept["split"] == "train", "prompt"]
-    files.write_parquet(folder / "pairs.parquet", kept[["id", "prompt", "key", "split"]])
+    own = kept.columns.intersection(["id", "prompt", "key", "split", "raw_prompt"])
+    files.write_parquet(folder / "pairs.parquet", kept[own])
     files.write_parquet(folder / "report.parquet", report)
     data.Vocabulary.fit(train, config.vocabulary_size).save(folder / "vocabulary.json")
 

@@ -268,7 +268,7 @@ def _look(image, sizes):
     """Return an image at some sizes, and what its file says of its prompt; then it is let go."""
     content, name, where = data.read_file(image)
     picture = data.decode_image(image if content is None else content, name, where)
-    found = data.stored_prompt(content or b"")
+    found = data.read_prompt(content or b"")
     return *(data.resize(picture, size) for size in sizes), found
 
 
