@@ -279,14 +279,14 @@ def _text_behind(nodes, drawing, role, other):
         if key in seen or "zeroout" in kind.lower():
             continue
         seen.add(key)
-        names = [name for name in inputs if not other(name)]
-        if roles := [*filter(own, names)]:  # a sampler, a loader or a pipe
-            names = [name for name in names if name in (*roles, "wildcard")]  # a detailer's words
-        holders = [*filter(_FIND["holds_text"].search, names)]
+        names = {name for name in inputs if not other(name)}
+        if roles := {*filter(own, names)}:  # a sampler, a loader or a pipe
+            names = roles | ({"wildcard"} & names)  # a detailer may have words of its own
+        holders = {*filter(_FIND["holds_text"].search, names)}
         found = [inputs[name] for name in holders if isinstance(inputs[name], str)]
         links = [name for name in names if not _FIND["leads_elsewhere"].search(name)]
         links = [str(inputs[name][0]) for name in links if _is_link(inputs[name])]
-        others = [name for name in names if name not in holders]
+        others = names - holders
         edits = [name for name in others if isinstance(inputs[name], str) or "seed" in name]
         edits = holders and edits and "clip" not in " ".join(inputs)
         makes = edits or _FIND["makes_words"].search(" ".join([kind, *others]))
