@@ -47,6 +47,8 @@ class Prepared:
     targets : ndarray (n, 384), float32, memory-mapped
     labels : ndarray (n, ceil(m / 8)), uint8, memory-mapped
         Packed, see `rsdlib.data.pack`.
+    unread : DataFrame
+        What was left out when the source was read, see `bad`.
     """
 
     key: str
@@ -56,7 +58,14 @@ class Prepared:
     vocabulary: data.Vocabulary
     targets: np.ndarray
     labels: np.ndarray
+    unread: pd.DataFrame = field(default_factory=data.NONE_BAD.copy, repr=False)
     _stores: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def bad(self):
+        """What is left out, as ``config.on_bad`` allows: of the source, of the stores so far."""
+        stores = [store.bad for store in self._stores.values()]
+        return pd.concat([self.unread, *stores], ignore_index=True).drop_duplicates()
 
     def rows(self, split, store=None):
         """Return the rows of a split; with a store, those of them that it has."""
@@ -72,22 +81,22 @@ class Prepared:
             table.append((split, inside.sum(), len(mine), len(mine & others)))
         return pd.DataFrame(table, columns=["split", "pairs", "prompts", "shared"])
 
-    def images(self, size, on_bad="error"):
+    def images(self, size):
         """Return the images of all pairs, decoded once; large ones whenever they are looked at."""
         if size >= UNSTORED:
             return data.Unstored(self.pairs, size)
-        return self.stores([data.pixels(size)], on_bad)[0]
+        return self.stores([data.pixels(size)])[0]
 
-    def store(self, encoder, on_bad="error", device="auto"):
+    def store(self, encoder, device="auto"):
         """Return what an encoder reads: images, or what its frozen front makes of them."""
         fronts = _fronts(encoder)
-        return self.stores(fronts, on_bad, device)[0] if fronts else self.images(encoder.image_size)
+        return self.stores(fronts, device)[0] if fronts else self.images(encoder.image_size)
 
-    def stores(self, fronts, on_bad="error", device="auto"):
+    def stores(self, fronts, device="auto"):
         """Return the stores of some fronts, made in one pass, checked once a session."""
-        keys = [(front.key, on_bad) for front in fronts]
+        keys = [front.key for front in fronts]
         if not self._stores.keys() >= set(keys):
-            made = data.extract(self.pairs, fronts, on_bad=on_bad, device=device)
+            made = data.extract(self.pairs, fronts, on_bad=self.config.on_bad, device=device)
             if os.environ.get("RSD_LOCAL"):  # a folder on a fast disk
                 made = [store.copied(os.environ["RSD_LOCAL"]) for store in made]
             self._stores.update(zip(keys, made, strict=True))
@@ -168,10 +177,11 @@ def prepare(config):
     BadTableError
         Too few pairs are left to train on and to judge by; see also `rsdlib.data.load_pairs`.
     """
-    pairs = data.load_pairs(config.source, limit=config.limit)
+    pairs = data.load_pairs(config.source, limit=config.limit, on_bad=config.on_bad)
+    unread = pd.DataFrame(pairs.attrs.pop("bad"), columns=data.NONE_BAD.columns)
     ruled = [name for name in ("id", "prompt", "image_nsfw", "prompt_nsfw") if name in pairs]
     fingerprint = pd.util.hash_pandas_object(pairs[ruled].astype(str), index=False).tolist()
-    settings = {name: value for name, value in as_dict(config).items() if name != "source"}
+    settings = {k: v for k, v in as_dict(config).items() if k not in ("source", "on_bad")}
     key = files.digest([settings, _RULES, fingerprint])
     folder = files.cache_dir() / "prepared" / key
     if not (folder / "vocabulary.json").exists():  # the last file of this step
@@ -185,7 +195,7 @@ def prepare(config):
     targets = files.cached_rows(folder / "targets.npy", embed)
     labels = files.cached_rows(folder / "labels.npy", lambda: data.pack(vocabulary.encode(prompts)))
     report = pd.read_parquet(folder / "report.parquet")
-    return Prepared(key, config, kept, report, vocabulary, targets, labels)
+    return Prepared(key, config, kept, report, vocabulary, targets, labels, unread)
 
 
 def _prepare(config, pairs, folder):
@@ -293,7 +303,6 @@ class Trial:
     folder : Path
         ``runs/<profile>/<name>-<key>``.
     prepared : Prepared
-    on_bad : {"error", "skip"}
     """
 
     model: object
@@ -305,7 +314,6 @@ class Trial:
     recipe: Recipe
     folder: Path
     prepared: Prepared
-    on_bad: str
 
     @property
     def name(self):
@@ -339,7 +347,7 @@ class Trial:
             raise errors.ConfigError(message, "Use processes=1.")
         arrays = training.runs.to_numpy(self.model.state_dict(), "model.")
         arrays |= {f"stage.{n}": stage.rows for n, stage in enumerate(self.stages)}
-        meta = {"data": as_dict(self.prepared.config), "on_bad": self.on_bad}
+        meta = {"data": as_dict(self.prepared.config)}
         meta["callbacks"] = bool(self.callbacks)  # the curriculum's own: see `planned`
         meta["epochs"] = [stage.epochs for stage in self.stages]
         settings = training.Plan(self.stages, self.config).settings(as_dict(self.recipe))
@@ -349,7 +357,7 @@ class Trial:
     def _learn_domain(self):
         """Store which pictures the trained model knows, for `rsdlib.Predictor`."""
         sides, size = [], self.model.backbone.image_size
-        images = self.prepared.images(size, self.on_bad)
+        images = self.prepared.images(size)
         for rows in (self.pairs.train, self.pairs.val):
             some = rows[:: -(-len(rows) // KNOWN)]
             read = {"device": self.config.device, "description": "what it knows"}
@@ -450,7 +458,6 @@ def plan(
     encoder=None,
     objective=None,
     stages=None,
-    on_bad="error",
     **changes,
 ):
     """Put together what one training needs, and train nothing yet.
@@ -477,8 +484,6 @@ def plan(
     stages : list of rsdlib.training.Stage, or callable, optional
         An order of your own; a callable ``stages(rows, hardness, epochs)`` is given what the same
         training without curriculum recorded.
-    on_bad : {"error", "skip"}
-        What to do about images that cannot be read.
     **changes
         Training settings that differ from the profile's, such as ``epochs=3``.
 
@@ -490,13 +495,13 @@ def plan(
     recipe, speech = _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config)
     model = recipe.build(encoder, speech=speech)
     start, front = data.weights_key(model), getattr(_encoder(model), "front", None)
-    pairs = _pairs(prepared, model, recipe, on_bad, config.device)
+    pairs = _pairs(prepared, model, recipe, config.device)
     if recipe.head.probe:
         _probe(model, pairs, recipe.head, config.device)
 
     def history():
         plain = {"weight": weight, "head": head, "encoder": encoder, "objective": objective}
-        plain |= {"curriculum": "none", "on_bad": on_bad, **changes}
+        plain |= {"curriculum": "none", **changes}
         return training.load_run(train(profile, backbone, prepared, **plain)).difficulty
 
     stages, callbacks = _order(recipe.curriculum, pairs.train, config.epochs, stages, history)
@@ -511,7 +516,7 @@ def plan(
     key = files.digest([as_dict(recipe), config.fixed()], 8)
     folder = files.root() / "runs" / profile.name / f"{_name(backbone, recipe)}-{key}"
     how = objective or _objective(model, recipe), stages, callbacks, config
-    return Trial(model, pairs, *how, recipe, folder, prepared, on_bad)
+    return Trial(model, pairs, *how, recipe, folder, prepared)
 
 
 def planned(folder):
@@ -536,7 +541,7 @@ def planned(folder):
     prepared = prepare(_read(configs.DataConfig, meta["data"]))
     model, arrays = recipe.build(load=False), training.runs.grouped(stored)
     training.runs.load_arrays_into(model, arrays["model"], folder / PLAN)
-    pairs = _pairs(prepared, model, recipe, meta["on_bad"], config.device)
+    pairs = _pairs(prepared, model, recipe, config.device)
     if pairs.key != recipe.images:
         message = f"the images of {files.relative(folder)} are not those it was planned with"
         raise errors.CheckpointError(message, "Plan it again: run the notebook that made it.")
@@ -546,7 +551,7 @@ def planned(folder):
     if meta["callbacks"]:
         _, callbacks = training.regime(recipe.curriculum, pairs.train, config.epochs)
     how = _objective(model, recipe), stages, callbacks, config
-    return Trial(model, pairs, *how, recipe, folder, prepared, meta["on_bad"])
+    return Trial(model, pairs, *how, recipe, folder, prepared)
 
 
 def white_box(profile, prepared, context="caption", noised=False, frozen=(), keep=0.0, **options):
@@ -623,8 +628,8 @@ def first_names(names):
     return tuple(name.partition(",")[0] for name in names)
 
 
-def _pairs(prepared, model, recipe, on_bad, device):
-    store = prepared.store(_encoder(model), on_bad, device)
+def _pairs(prepared, model, recipe, device):
+    store = prepared.store(_encoder(model), device)
     targets = model.encode(prepared.pairs["prompt"]) if recipe.captions else prepared.targets
     labels = prepared.labels if recipe.words else None
     if recipe.named:

@@ -21,10 +21,11 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import errors, files, runtime
+from rsdlib.data.faults import Faults
 from rsdlib.data.images import decode_image, resize, split_locator
 from rsdlib.data.pairs import load_pairs
 from rsdlib.data.parts import open_part
-from rsdlib.data.stores import NONE_BAD, Forward, Store, half, weights_key
+from rsdlib.data.stores import Forward, Store, half, weights_key
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
@@ -237,9 +238,9 @@ def executor(processes=0, dask=""):
         yield None
 
 
-def find_parts(source):
+def find_parts(source, on_bad="error"):
     """Return the parts that hold the images of a source for `rsdlib.data.load_pairs`, in order."""
-    places = {split_locator(place)[0] for place in load_pairs(source)["image"]}
+    places = {split_locator(place)[0] for place in load_pairs(source, on_bad=on_bad)["image"]}
     return sorted(map(files.resolve_path, places))
 
 
@@ -314,9 +315,7 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
     BadTableError
         Too many images are bad.
     """
-    if on_bad not in ("error", "skip"):
-        raise errors.ConfigError(f"on_bad = {on_bad!r} is unknown", "Use 'error' or 'skip'.")
-    folder = Path(folder or files.cache_dir() / "parts")
+    faults, folder = Faults(on_bad), Path(folder or files.cache_dir() / "parts")
     places = pd.DataFrame(map(split_locator, pairs["image"]), columns=["part", "name"])
     groups = places.groupby("part")["name"]
     parts = [files.resolve_path(part) for part in groups.groups]
@@ -331,16 +330,10 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
         else:
             index.write()
     ids, where = pairs["id"].to_numpy(), places["part"].to_numpy()
-    bad = [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
-    if bad and on_bad == "error":
-        raise errors.BadImageError(*bad[0])
-    if bad:
-        message = f"{len(bad):,} of {len(places):,} images are bad, the first: {', '.join(bad[0])}"
-        if len(bad) > max(5, max_bad * len(places)):
-            fix = f"Get the data again, or raise max_bad = {max_bad}."
-            raise errors.BadTableError(message, fix)
-        runtime.log(f"{message}. They are left out.")
-    return index.stores(pd.DataFrame(bad, columns=NONE_BAD.columns))
+    for i, reason in sorted(index.bad):
+        part = files.relative(where[i])
+        faults.add(ids[i], part, errors.BadImageError(ids[i], part, reason))
+    return index.stores(faults.table(len(places), "images", max_bad))
 
 
 class _Index:

@@ -1,0 +1,101 @@
+"""Folders of pictures without a table: prompts from the files beside them, or out of them."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from rsdlib import files, runtime
+from rsdlib.data.clean import tidy
+from rsdlib.data.images import SUFFIXES
+from rsdlib.data.parts import is_clutter, open_part
+from rsdlib.data.prompts_in_images import plain, stored_prompt
+from rsdlib.errors import BadImageError
+
+SIDECAR = "file beside it"  # the writer of prompts that lie in a .txt
+_COLUMNS = ["id", "prompt", "image", "raw_prompt", "negative_prompt", "writer", "reason"]
+_AT_ONCE = 16  # pictures: most of the time goes to waiting for a disk
+
+
+def list_files(folder):
+    """Return the files in and below a folder, relative to it and in order, without clutter."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    return [name for name in names if not is_clutter(name)]
+
+
+def list_pictures(names):
+    """Return the names among some that are images' by their suffix."""
+    return [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+
+
+def find_prompts(folder, names=None):
+    """Read the prompts of pictures: each one's ``.txt`` of the same name, else what is in it.
+
+    Parameters
+    ----------
+    folder : path-like
+    names : sequence of str, optional
+        The pictures, relative to the folder; default: all in and below it.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``id``, the relative path; ``prompt``, see `plain`; ``image``, the path; ``raw_prompt`` as
+        it was written; ``negative_prompt``; ``writer``, the program or the file beside the picture;
+        ``reason``, why there is no prompt, which is then missing, "" if there is one.
+    """
+    folder = files.resolve_path(folder)
+    names = list_pictures(list_files(folder)) if names is None else names
+
+    def read(name):
+        raw, negative, writer, reason = _told(folder / name)
+        prompt = None if raw is None else str(plain(raw))
+        return name, prompt, f"{folder}/{name}", raw, negative, writer, reason
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        rows = [*runtime.track(pool.map(read, names), "reading prompts of pictures", len(names))]
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def _told(path):
+    """Return a picture's prompt or None, negative prompt, writer, and why there is no prompt."""
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        found = stored_prompt(path)
+        return found.prompt, found.negative, found.writer, found.reason
+    try:
+        with open_part(beside.parent) as part:
+            data = part.read(beside.name)
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = tidy(data.decode("utf-16" if wide else "utf-8-sig"))
+    except (BadImageError, UnicodeDecodeError) as error:
+        return None, "", SIDECAR, f"its .txt cannot be read ({getattr(error, 'reason', error)})"
+    return text or None, "", SIDECAR, "" if text else "its .txt is empty"
+
+
+def write_sidecars(prompts):
+    """Write prompts that came out of pictures into ``.txt`` files beside them; none is replaced.
+
+    Parameters
+    ----------
+    prompts : pandas.DataFrame
+        From `find_prompts`.
+
+    Returns
+    -------
+    written, left : int
+        How many files were written, and how many prompts have none because the name is taken or
+        belongs to two pictures.
+    """
+    paths = prompts["image"].map(lambda path: Path(path).with_suffix(".txt"))
+    shared = paths.duplicated(keep=False)
+    ours = prompts["raw_prompt"].notna() & (prompts["writer"] != SIDECAR)
+    written = 0
+    for path, prompt in zip(
+        paths[ours & ~shared], prompts["raw_prompt"][ours & ~shared], strict=True
+    ):
+        if not path.exists():
+            files.write_text(path, prompt + "\n")
+            written += 1
+    return written, int(ours.sum()) - written
