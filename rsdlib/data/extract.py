@@ -330,9 +330,9 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
         else:
             index.write()
     ids, where = pairs["id"].to_numpy(), places["part"].to_numpy()
-    for i, reason in sorted(index.bad):
-        part = files.relative(where[i])
-        faults.add(ids[i], part, errors.BadImageError(ids[i], part, reason))
+    faults += [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
+    if faults and on_bad == "error":
+        raise errors.BadImageError(*faults[0])
     return index.stores(faults.table(len(places), "images", max_bad))
 
 

@@ -4,11 +4,12 @@ import contextlib
 
 import pandas as pd
 
-from rsdlib import files, runtime
+from rsdlib import runtime
 from rsdlib.errors import BadArchiveError, BadImageError, BadTableError, ConfigError
 
 NONE_BAD = pd.DataFrame(columns=["id", "part", "reason"])
 _ALWAYS, _SHARE = 5, 0.01  # so many faults pass, or this share of the rows
+_SKIP = "on_bad='skip' leaves it out and counts it."
 
 
 class Faults(list):
@@ -20,22 +21,23 @@ class Faults(list):
             raise ConfigError(f"on_bad = {on_bad!r} is unknown", "Use 'error' or 'skip'.")
         self.on_bad = on_bad
 
-    def add(self, id, part, error):
-        """Raise an error, or list it as the one fault of an image, a row or a part."""
+    def add(self, id, part, reason, kind=BadTableError):
+        """Raise an error, or list the one fault of an image, a row or a part."""
         if self.on_bad == "error":
-            if "on_bad" not in str(error):
-                error.fix = f"{error.fix} Or leave it out and count it: on_bad='skip'."
-                error.args = (f"{error.reason}. {error.fix}",)
-            raise error
-        self.append((str(id), part, error.reason))
+            raise kind(f"{id!r} in {part}: {reason}", f"Correct it, or drop it: {_SKIP}")
+        self.append((str(id), part, reason))
 
     @contextlib.contextmanager
-    def leaving_out(self, path):
-        """Take what is refused within for the one fault of a part."""
+    def leaving_out(self, id, part):
+        """Take what is refused within for one fault."""
         try:
             yield
         except (BadArchiveError, BadImageError, BadTableError) as error:
-            self.add(path.name, files.relative(path), error)
+            if self.on_bad == "error":
+                if _SKIP not in str(error) and not isinstance(error, BadImageError):
+                    raise type(error)(error.reason, f"{error.fix} Or: {_SKIP}") from error
+                raise
+            self.append((str(id), part, error.reason))
 
     def table(self, count, things, max_bad=_SHARE):
         """Return them as a table and log the first; too many of `count` are refused."""

@@ -20,7 +20,7 @@ from rsdlib import files, runtime
 from rsdlib.data.clean import tidy
 from rsdlib.data.faults import Faults
 from rsdlib.data.images import SUFFIXES
-from rsdlib.data.parts import BROKEN, is_clutter, open_part
+from rsdlib.data.parts import BROKEN, open_part
 from rsdlib.data.pictures import find_prompts, list_files, list_pictures
 from rsdlib.errors import BadArchiveError, BadImageError, BadTableError, ConfigError, refusing
 
@@ -92,15 +92,14 @@ def load_pairs(source, *, limit=None, on_bad="error"):
     if not Path(source).is_dir():
         folders = str(source).split(os.pathsep)
     frames = [_read_folder(files.resolve_path(folder), limit, faults) for folder in folders]
-    frame = frames[0]
-    if len(frames) > 1:
-        where = ", ".join(map(files.relative, map(files.resolve_path, folders)))
-        frame = _once(pd.concat(frames).sort_values("id", ignore_index=True), where, faults)
+    frame = pd.concat(frames).sort_values("id", ignore_index=True)
+    frame = _once(frame, ", ".join(map(files.relative, map(files.resolve_path, folders))), faults)
     bad = faults.table(len(frame) + len(faults), "rows and parts")
     if frame.empty:
-        raise BadTableError(f"no pair of {source} is left: {bad['reason'].iloc[0]}")
+        raise BadTableError(f"no pair of {source} is left: {', '.join(bad['reason'])}")
     frame.attrs["bad"] = bad.to_dict("records")
-    return frame
+    first = ["id", "prompt", "image"]
+    return frame[first + [name for name in frame if name not in (*first, "file", *_UNREAD)]]
 
 
 def _read_folder(source, limit, faults):
@@ -115,73 +114,60 @@ def _read_folder(source, limit, faults):
             frame = _read_diffusiondb(source, table, parts, limit, faults)
         else:
             frame = _read_others(source, limit, faults)
-    frame = frame.drop(columns=_UNREAD, errors="ignore").rename(columns={"locator": "image"})
-    frame = frame.sort_values("id", ignore_index=True).iloc[:limit]
-    first = ["id", "prompt", "image"]
-    return frame[first + [name for name in frame if name not in (*first, "file")]]
+    return frame.sort_values("id", ignore_index=True).iloc[:limit]
 
 
 def _read_others(source, limit, faults):
     """Read a folder that has neither a table of its own nor parts of DiffusionDB."""
     names = list_files(source)
-    tables = [name for name in names if name.endswith(tuple(f"/{table}" for table in _TABLES))]
+    tables = [name for name in names if os.path.basename(name) in _TABLES]
     tables = {os.path.dirname(name): source / name for name in reversed(tables)}
     if tables:
         return pd.concat([_read_plain(source, path, faults) for path in tables.values()])
     archives = [source / name for name in names if name.endswith((".tar", ".parquet"))]
-    archives = [path for path in archives if path.name not in _TABLES]
-    frame = _read_archives(source, archives, limit, faults)
-    if not frame.empty or faults:
+    frame = _each_part(functools.partial(_read_archive, source), archives, faults, limit)
+    if len(frame) or faults:
         return frame
     pictures = list_pictures(names)
-    stems = {os.path.splitext(name)[0] for name in pictures}
-    others = [n for n in names if n not in set(pictures) and not _is_sidecar(n, stems)]
-    where, there = files.relative(source), f"There are also {_inventory(others)}."
+    known = {*pictures, *(f"{os.path.splitext(name)[0]}.txt" for name in pictures)}
+    others = [name for name in names if name not in known]
+    kinds = {Path(name).suffix: name for name in reversed(others)}
+    there = f"there are {len(others):,} other files, {', '.join(kinds.values()) or 'none'}"
+    where = files.relative(source)
     if not pictures:
-        message = f"{where} holds neither a table nor a part with images"
-        raise BadTableError(message, f"{there} See rsdlib.data.load_pairs for the layouts.")
+        message = f"{where} holds neither a table nor a part with images: {there}"
+        raise BadTableError(message, "See rsdlib.data.load_pairs for the layouts.")
     if others:
-        runtime.log(f"{where}: left out as no pictures are {_inventory(others)}")
+        runtime.log(f"{where}: beside its pictures {there}: left out")
     frame = find_prompts(source, pictures[:limit])
     if frame["prompt"].isna().all():
         reasons = collections.Counter(frame["reason"]).most_common(3)
         told = "; ".join(f"{count:,} times {reason}" for reason, count in reasons)
-        fix = f"{there} Write a .txt beside each, or a metadata.csv with file_name and prompt."
-        raise BadTableError(f"no picture of {len(frame):,} in {where} has a prompt: {told}", fix)
+        fix = "Write a .txt beside each, or a metadata.csv with file_name and prompt."
+        message = f"no picture of {len(frame):,} in {where} has a prompt: {told}; {there}"
+        raise BadTableError(message, fix)
     return frame
-
-
-def _is_sidecar(name, stems):
-    return name.endswith(".txt") and name.removesuffix(".txt") in stems
-
-
-def _inventory(names):
-    """Say which files there are: how many of each kind, and the first."""
-    kinds = defaultdict(list)
-    for name in names:
-        kinds[Path(name).suffix.lower() or "without suffix"].append(name)
-    told = [f"{len(some):,} {kind} ({some[0]})" for kind, some in kinds.items()]
-    return ", ".join(told[:9]) or "no other files"
 
 
 def _each_part(read, paths, faults, limit=None):
     """Return the rows that `read` finds in each part, in order, until there are `limit`."""
 
     def attempt(path):
-        found, rows = Faults(faults.on_bad), pd.DataFrame()
-        with found.leaving_out(path):
+        found, rows = Faults(faults.on_bad), ()
+        with found.leaving_out(path.name, files.relative(path)):
             rows = read(path, found)
         return rows, found
 
-    frames, count = [pd.DataFrame()], 0
+    frames, count = [], 0
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
         for rows, found in runtime.track(pool.map(attempt, paths), "reading parts", len(paths)):
-            frames.append(rows)
+            frames += [rows] if len(rows) else []
             faults += found
             count += len(rows)
             if limit and count >= limit:
                 pool.shutdown(cancel_futures=True)
                 break
+    frames = frames or [pd.DataFrame(columns=["id", "prompt", "image"])]
     return pd.concat(frames, ignore_index=True).iloc[:limit]
 
 
@@ -193,51 +179,32 @@ _PLAIN = {"id": ("id", *_NAMES), "file": (*_NAMES, "id"), "prompt": _PROMPT}
 
 def _is_plain(table):
     """Tell whether a table names files, not images in DiffusionDB's parts."""
-    if table.suffix != ".parquet":
-        return True
     with _reading(files.relative(table)):
-        columns = pyarrow.parquet.read_schema(table).names
-    return "file_name" in columns and "part_id" not in columns
+        return table.suffix != ".parquet" or "file_name" in pyarrow.parquet.read_schema(table).names
 
 
 def _read_plain(source, table, faults):
-    where, folder = files.relative(table), table.parent
+    where, below = files.relative(table), table.parent.relative_to(source).as_posix()
     frame = _checked(_read_table(table, faults), where, _PLAIN, faults)
-    same_name = functools.cache(_same_name)
-    frame["locator"] = [_find_image(folder, file, same_name) for file in frame["file"]]
-    absent = frame["locator"].isna()
-    for id, file in frame.loc[absent, ["id", "file"]].itertuples(index=False):
-        message = f"image {file!r} is listed in {where} but not in its folder"
-        faults.add(id, where, BadTableError(message, "Add the file, or drop the row."))
-    below = table.parent.relative_to(source).as_posix()
-    prefix = "" if below == "." else f"{below}/"
-    return frame[~absent].assign(id=prefix + frame["id"])
+    frame = frame.assign(image=[*_find_images(table.parent, frame["file"])])
+    absent = frame["image"].isna()
+    for file in frame["file"][absent]:
+        faults.add(file, where, "the image is listed but not in the folder, or stands there twice")
+    return frame[~absent].assign(id=("" if below == "." else f"{below}/") + frame["id"])
 
 
-def _find_image(folder, file, same_name):
-    """Return the path of the one file that a table means, None without."""
-    name = os.path.normpath(file.replace("\\", "/")).removeprefix(f"{folder}/")
-    if name.startswith(("/", "../")):
-        return None
-    for path in (f"{folder}/{name}", f"{folder}/images/{name}"):
-        if os.path.isfile(path):
-            return path
-        place, name_there = os.path.split(path)
-        found = same_name(place).get(name_there.lower(), ())
-        if len(found) == 1:
-            return found[0]
-    return None
-
-
-def _same_name(place):
-    """Return a folder's images by their names in lower case, with and without suffix."""
-    found = defaultdict(list)
-    for name in os.listdir(place) if os.path.isdir(place) else ():
-        stem, suffix = os.path.splitext(name.lower())
-        if suffix in SUFFIXES and not is_clutter(name):
-            for key in (stem, stem + suffix):
-                found[key].append(f"{place}/{name}")
-    return found
+def _find_images(folder, listed):
+    """Yield the path of the one file that each name means, None without; case does not matter."""
+    meant = defaultdict(set)
+    for name in list_pictures(list_files(folder)):
+        for key in (name, os.path.splitext(name)[0]):
+            meant[key.lower().removeprefix("images/")].add(name)
+    for file in listed:
+        name = os.path.normpath(file.replace("\\", "/")).removeprefix(f"{folder}/")
+        inside, [*found] = not name.startswith(("/", "../")), meant[name.lower()]
+        if inside and os.path.isfile(f"{folder}/{name}"):
+            found = [name]
+        yield f"{folder}/{found[0]}" if inside and len(found) == 1 else None
 
 
 # --- DiffusionDB's layout -------------------------------------------------------------------------
@@ -267,35 +234,25 @@ def _read_diffusiondb(source, table, parts, limit, faults):
     held = _each_part(hold, [*parts.values()], faults, limit)
     if any(unlisted):
         runtime.log(f"{sum(unlisted):,} files in the parts are not listed in {where}: left out")
-    if table is None and not (held.empty and faults):
-        held = _checked(held.rename(columns=_JSON_NAMES), where, _DIFFUSIONDB, faults)
-    return held if len(held) else pd.DataFrame(columns=["id", "prompt", "image"])
+    return held
 
 
 def _find_diffusiondb(source):
-    """Return a table and its parts; where both datasets lie here, those of one, mostly 2M."""
+    """Return a table and its parts; of both datasets 2M's, unless there is Large's table alone."""
     small, large = (source / name if (source / name).is_file() else None for name in _TABLES[:2])
-    own, larges = _find_parts(source, "images/", ""), _find_parts(source, "diffusiondb-large-*/")
-    table, parts, left = small or large, own, larges
-    if larges and (not own or (large and not small)):
-        table, parts, left = large, larges, own
-    elif small and large and own and _is_large(next(iter(own.values()))):
-        table = large
-    if left:
-        where = files.relative(next(iter(left.values())).parent)
-        runtime.log(f"{len(left):,} parts in {where} are of the other DiffusionDB: left out")
-    if small and not table:
-        message = f"{files.relative(small)} is of DiffusionDB 2M, the parts beside it are Large's"
-        raise BadTableError(message, f"Put {_TABLES[1]} there, or take the table away.")
-    if table and not parts:
-        message = f"no part that {files.relative(table)} lists is there: images/part-000001.zip ..."
-        raise BadTableError(message, "Fetch the parts: rsd data fetch.")
+    table, parts = small or large, _find_parts(source, "images/", "")
+    larges = _find_parts(source, "diffusiondb-large-*/")
+    if larges and (not parts or (large and not small)):
+        table, parts, larges = large, larges, parts
+    if larges:
+        runtime.log(f"{len(larges):,} parts of the other DiffusionDB in {source} are left out")
+    if (small or large) and not (table and parts):
+        message = (
+            f"{files.relative(small or large)} lists none of the parts in {files.relative(source)}"
+        )
+        fix = f"2M has {_TABLES[0]} and images/part-000001.zip ..., Large has {_TABLES[1]}."
+        raise BadTableError(message, fix)
     return table, parts
-
-
-def _is_large(path):
-    with open_part(path) as part:
-        return any(name.endswith(".webp") for name in part.names())
 
 
 def _find_parts(source, *folders):
@@ -331,46 +288,34 @@ def _hold(path, told, where, unlisted, faults):
     """
     own = f"{path.stem}.json"
     with open_part(path) as part:
-        inside = _by_last_name(part.names())
-        if told is None and own not in inside:
-            raise BadTableError(f"{part.where} has no {own}", "Add it, or a table.")
+        names = part.names()
+        inside = {name.rpartition("/")[2]: name for name in names}  # packed anew: a folder more
+        inside = inside if len(inside) == len(names) else dict(zip(names, names, strict=True))
         listed = _read_json(part, inside[own]) if own in inside else {}
-    bad = [name for name, row in listed.items() if not isinstance(row, dict)]
-    for name in bad:
-        message = f"{own} of {part.where} cannot be read: row {name!r} is no object"
-        faults.add(name, part.where, BadTableError(message))
+    for name in [name for name, row in listed.items() if not isinstance(row, dict)]:
+        faults.add(name, part.where, f"its row in {own} is no object")
         del listed[name]
-    column = "image_name" if told is None else "file"
     if told is None:
-        rows = [listed[name] | {"image_name": name} for name in sorted(listed)]
-        told = pd.DataFrame(rows, columns=None if rows else [column])
-        told = told.assign(part_id=int(path.stem[5:]))
-        prompts = {name: row.get("p") for name, row in listed.items()}
-    else:
-        prompts = dict(zip(told["file"].tolist(), told["prompt"].tolist(), strict=True))
+        if not listed:
+            raise BadTableError(f"{part.where} has no {own} with rows", "Add it, or a table.")
+        rows = [{**listed[name], "image_name": name} for name in sorted(listed)]
+        told = pd.DataFrame(rows).rename(columns=_JSON_NAMES).assign(part_id=int(path.stem[5:]))
+        told = _checked(told, part.where, _DIFFUSIONDB, faults)
+    prompts = dict(zip(told["file"].tolist(), told["prompt"].tolist(), strict=True))
     if prompts and prompts.keys().isdisjoint(inside):
-        message = f"{part.where} has no image that is listed for it, such as {next(iter(prompts))}"
         fix = f"2M's parts (PNG) belong to {_TABLES[0]}, Large's (WebP) to {_TABLES[1]}."
+        message = f"{part.where} has none of its images in {where}, such as {next(iter(prompts))!r}"
         raise BadArchiveError(message, fix)
     for name in sorted((prompts.keys() | listed.keys()) - inside.keys()):
-        message = f"image {name!r} is listed for {part.where} but is not in it"
-        faults.add(name, part.where, BadArchiveError(message))
+        faults.add(name, part.where, "the image is listed but not in it", BadArchiveError)
     for name in sorted(prompts.keys() & listed.keys()):
         prompt = None if pd.isna(prompts[name]) else prompts[name]
         if listed[name].get("p") != prompt:
-            message = f"image {name!r}: {where} has the prompt {prompt!r}, {part.where} another"
-            fix = "One of the two belongs to other data: fetch both."
-            faults.add(name, part.where, BadTableError(message, fix))
+            faults.add(name, part.where, f"its prompt is another than in {where}: {prompt!r}")
     unlisted.append(len(inside.keys() - prompts.keys() - {own}))
+    told = told[~told["file"].isin([name for name, *_ in faults])]
     start = f"{path}{'::' if path.suffix else '/'}"
-    told = told[~told[column].isin([name for name, *_ in faults])]
-    return told.assign(locator=start + told[column].map(inside).astype(str))
-
-
-def _by_last_name(names):
-    """Return the true names by the last: parts that were packed anew have one folder more."""
-    inside = {name.rpartition("/")[2]: name for name in names}
-    return inside if len(inside) == len(names) else dict(zip(names, names, strict=True))
+    return told.assign(image=start + told["file"].map(inside).astype(str))
 
 
 def _read_json(part, name):
@@ -396,17 +341,7 @@ def _json_object(pairs):
 # --- archives without a table: WebDataset's tars, Parquet files with images -----------------------
 
 
-def _read_archives(source, paths, limit, faults):
-    frame = _each_part(
-        lambda path, faults: _read_archive(path, source, faults), paths, faults, limit
-    )
-    if frame.empty:
-        return pd.DataFrame(columns=["id", "prompt", "image"])
-    where = files.relative(source)
-    return _checked(frame, where, {"id": ("id",), "prompt": _PROMPT}, faults)
-
-
-def _read_archive(path, source, faults):
+def _read_archive(source, path, faults):
     """Return a row for each image in a tar or a Parquet file."""
     with open_part(path) as part:
         if path.suffix == ".tar":
@@ -416,8 +351,11 @@ def _read_archive(path, source, faults):
             rows = frame.index.map("{:06}/".format).astype(str)
             frames = [frame.assign(member=rows + column) for column in part.columns]
             frame = pd.concat([*frames, frame.iloc[:0].assign(member="")]).sort_values("member")
+    if frame.empty:
+        return frame
     frame["id"] = f"{path.relative_to(source).with_suffix('')}/" + frame["member"]
-    return frame.assign(locator=f"{path}::" + frame.pop("member"))
+    frame = _checked(frame, part.where, {"id": ("id",), "prompt": _PROMPT}, faults)
+    return frame.assign(image=f"{path}::" + frame.pop("member"))
 
 
 def _read_samples(part, faults):
@@ -428,20 +366,14 @@ def _read_samples(part, faults):
         samples[name][suffix.lower()] = member
     for name, members in samples.items():
         image = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
-        try:
-            rows.append(_read_sample(part, members) | {"member": image})
-        except (BadTableError, BadImageError) as error:
-            faults.add(image or name, part.where, error)
+        with faults.leaving_out(image or name, part.where):
+            row = _read_json(part, members[".json"]) if ".json" in members else {}
+            row = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+            prompts = [row.pop(key) for key in _PROMPT if key in row]
+            if ".txt" in members:
+                prompts = [part.read(members[".txt"]).decode("utf-8", "replace")]
+            rows.append(row | {"prompt": prompts[0] if prompts else None, "member": image})
     return pd.DataFrame(rows, columns=None if rows else ["member"]).dropna(subset="member")
-
-
-def _read_sample(part, members):
-    row = _read_json(part, members[".json"]) if ".json" in members else {}
-    row = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
-    prompts = [row.pop(name) for name in _PROMPT if name in row]
-    if ".txt" in members:
-        prompts = [part.read(members[".txt"]).decode("utf-8", "replace")]
-    return row | {"prompt": prompts[0] if prompts else None}
 
 
 # --- prompts alone --------------------------------------------------------------------------------
@@ -512,38 +444,30 @@ def _read_table(path, faults, columns=None, filters=None):
                     raise ValueError("it is no JSON object")
                 rows += [row] if row is not None else []
             except (ValueError, RecursionError) as error:
-                _refuse_line(where, number, error, faults)
+                faults.add(f"line {number}", where, f"it cannot be read ({error})")
         return pd.DataFrame(rows)
 
 
 def _read_csv(text, where, faults):
     """Read a table whose lines have as many fields as the first; None, null and NA stay words."""
     reader = csv.reader(text, strict=True)
-    header = [name.strip() for name in next(reader, [])]
-    if not header:
-        raise ValueError("it is empty")
-    if len(header) < 2 and re.search("[;\t|]", "".join(header)):
-        raise ValueError("its fields are not separated by commas, write it with commas")
-    rows, fields = [], header
-    while fields is not None:
+    header, rows = [name.strip() for name in next(reader, [])], []
+    if len(header) < 2 and not {*header, ""} & {*_PROMPT}:
+        raise ValueError("its fields are not separated by commas")
+    while reader:
         first, reason = reader.line_num + 1, ""
         try:
-            fields = next(reader, None)
+            fields = next(reader)
+            if any(fields) and len(fields) != len(header):
+                reason = f"it has {len(fields)} fields, the first line has {len(header)}"
+        except StopIteration:
+            break
         except csv.Error as error:
-            fields, reason = [], error
-        if fields and len(fields) != len(header) and any(fields):
-            reason = f"it has {len(fields)} fields, the first line has {len(header)}"
-        elif any(fields or ()):
-            rows.append(fields)
-        for number in range(first, reader.line_num + 1 if reason else first):
-            _refuse_line(where, number, reason, faults)
+            reason = f"it cannot be read ({error})"
+        for number in range(first, reader.line_num + 1) if reason else ():
+            faults.add(f"line {number}", where, reason)
+        rows += [fields] if any(fields) and not reason else []
     return pd.DataFrame(rows, columns=header, dtype=str)
-
-
-def _refuse_line(where, number, reason, faults):
-    fix = "Put a field that holds commas or quotes into quotes, or drop the line."
-    error = BadTableError(f"line {number:,} of {where} cannot be read: {reason}", fix)
-    faults.add(f"line {number}", where, error)
 
 
 def _checked(frame, where, wanted, faults):
@@ -561,7 +485,7 @@ def _checked(frame, where, wanted, faults):
         with refusing(BROKEN, BadTableError, f"{message} ({{}})"):
             unfit = _unfit(frame[column], column)
         for row in frame.index[unfit]:
-            faults.add(f"row {row + 1}", where, BadTableError(f"{message}: not in row {row + 1}"))
+            faults.add(f"row {row + 1}", where, f"column {name!r} does not hold {kind} throughout")
         frame = frame[~unfit] if unfit.any() else frame
         if kind == "numbers":
             frame = frame.assign(**{column: pd.to_numeric(frame[column])})
@@ -571,13 +495,9 @@ def _checked(frame, where, wanted, faults):
 def _unfit(values, column):
     """Tell which values are not of the type that a column must have."""
     if column in _NUMBERS:
-        numbers = pd.to_numeric(values, errors="coerce")
-        return numbers.isna() & values.notna() & (values != "")
-    missing = values.isna()
-    texts = ~missing
-    if not isinstance(values.dtype, pd.StringDtype):
-        texts = values.map(lambda value: isinstance(value, str)).astype(bool)
-    return ~(texts | missing) if column == "prompt" else ~texts
+        return pd.to_numeric(values, errors="coerce").isna() & values.notna() & (values != "")
+    texts = values.map(lambda value: isinstance(value, str)).astype(bool)
+    return ~texts & (values.notna() | (column != "prompt"))
 
 
 def _once(frame, where, faults):
@@ -587,9 +507,7 @@ def _once(frame, where, faults):
         columns = rows.columns.intersection(["prompt", "part_id"])
         differing = [name for name in columns if rows[name].nunique(dropna=False) > 1]
         how = f"different {' and '.join(differing)}" if differing else "the same prompt"
-        message = f"id {id!r} stands {len(rows)} times in {where}, with {how}"
-        fix = "An image has one prompt: keep one row."
-        faults.add(id, where, BadTableError(message, fix))
+        faults.add(id, where, f"it stands there {len(rows)} times, with {how}")
     return frame[~repeated] if repeated.any() else frame
 
 
