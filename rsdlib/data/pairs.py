@@ -455,7 +455,7 @@ def _read_csv(text, where, faults):
     if len(header) < 2 and not {*header, ""} & {*_PROMPT}:
         raise ValueError("its fields are not separated by commas")
     while reader:
-        first, reason = reader.line_num + 1, ""
+        first, fields, reason = reader.line_num + 1, [], ""
         try:
             fields = next(reader)
             if any(fields) and len(fields) != len(header):
