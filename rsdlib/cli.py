@@ -386,7 +386,10 @@ def data(
     from rsdlib import data
 
     if what == "prompts":
-        _show_prompts(data.find_prompts(dataset), write)
+        prompts = data.find_prompts(dataset)
+        print(prompts.value_counts(["writer", "reason"]).to_string())
+        if write:
+            data.write_sidecars(prompts)
         return
     if dataset not in ("diffusiondb", "stores"):
         raise ConfigError(f"dataset = {dataset!r} is unknown", "Use diffusiondb or stores.")
@@ -401,15 +404,6 @@ def data(
     else:
         checked, unknown = data.check_diffusiondb(folder)
         runtime.log(f"right: {checked} files; no checksum known: {unknown}")
-
-
-def _show_prompts(prompts, write):
-    from rsdlib.data import write_sidecars
-
-    print(prompts.value_counts(["writer", "reason"]).rename("pictures").reset_index().to_string())
-    if write:
-        written, left = write_sidecars(prompts)
-        runtime.log(f"{written:,} .txt written; {left:,} left: there is one, or two would share it")
 
 
 def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (), /):

@@ -58,7 +58,7 @@ class Prepared:
     vocabulary: data.Vocabulary
     targets: np.ndarray
     labels: np.ndarray
-    unread: pd.DataFrame = field(default_factory=data.NONE_BAD.copy, repr=False)
+    unread: pd.DataFrame
     _stores: dict = field(default_factory=dict, repr=False)
 
     @property

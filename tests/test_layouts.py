@@ -1,6 +1,7 @@
 """Folders as people have them: every layout is read or refused by name, what is bad counts once."""
 
 import json
+import os
 import random
 import shutil
 import zipfile
@@ -8,11 +9,12 @@ import zipfile
 import broken
 import pandas as pd
 import pytest
-from PIL import Image, PngImagePlugin
+import squares
+from PIL import PngImagePlugin
 from test_experiment import Mean, settings
 
-from rsdlib import cli, config, data, experiment
-from rsdlib.errors import BadArchiveError, BadImageError, BadTableError, ConfigError
+from rsdlib import cli, data, experiment
+from rsdlib.errors import BadArchiveError, BadTableError, ConfigError
 
 PICTURE = broken.encode(broken.photo(16, 16))
 
@@ -180,7 +182,7 @@ def test_a_limit_is_filled_from_the_parts_that_are_sound(source):
     assert pairs["part_id"].tolist() == [2] * 4
     for part in (2, 3):
         put(source / "images" / f"part-00000{part}.zip", b"")
-    with pytest.raises(BadTableError, match="no pair of .* is left"):
+    with pytest.raises(BadTableError, match=r"no pair of .* is left"):
         data.load_pairs(source, on_bad="skip")
 
 
@@ -293,7 +295,16 @@ def test_random_tables_are_read_exactly_or_refused(source):
 def test_a_line_of_json_that_is_no_object_is_named(source):
     put(source / "1.png")
     good = '{"file_name": "1.png", "prompt": "a\u2028cat"}\r\n'
-    for line in ("[]", "3", "{", '"x"', "nan{", '{"a": 1} {"b": 2}', '{"a": 1, "a": 2}', "[" * 9999):
+    for line in (
+        "[]",
+        "3",
+        "{",
+        '"x"',
+        "nan{",
+        '{"a": 1} {"b": 2}',
+        '{"a": 1, "a": 2}',
+        "[" * 9999,
+    ):
         put(source / "metadata.jsonl", f"\ufeff\n{good}\n{line}\n")
         with pytest.raises(BadTableError, match=r"line 4.*metadata\.jsonl"):
             data.load_pairs(source)
@@ -306,7 +317,9 @@ def test_a_line_of_json_that_is_no_object_is_named(source):
 
 def large(folder, numbers=(1, 10_001), extracted=False, place="diffusiondb-large-part-{}"):
     """Write DiffusionDB Large as it is published; return its table."""
-    frame = broken.diffusiondb(folder / "made", parts=len(numbers), format="WEBP", extracted=extracted)
+    frame = broken.diffusiondb(
+        folder / "made", parts=len(numbers), format="WEBP", extracted=extracted
+    )
     frame["part_id"] = frame["part_id"].map(dict(enumerate(numbers, 1)))
     for i, number in enumerate(numbers, 1):
         kind = "" if extracted else ".zip"
@@ -440,7 +453,7 @@ def test_one_name_in_two_folders_of_a_part_is_no_guess(source):
 
 
 def test_kaggles_prompts(source):
-    put(source / "prompts.csv", "imgId,prompt\n20057f34d,a cat\n227ef0887,\"a dog, x\"\n")
+    put(source / "prompts.csv", 'imgId,prompt\n20057f34d,a cat\n227ef0887,"a dog, x"\n')
     put(source / "sample_submission.csv", "imgId_eId,val\n20057f34d_0,0.1\n")
     for name in ("20057f34d.png", "227ef0887.png"):
         put(source / "images" / name)
@@ -485,7 +498,7 @@ def test_names_in_tables_as_people_write_them(source):
     expected = ["a.PNG", "B.jpeg", "deep/c.webp", "images/d.png", "e.f.png"]
     assert places.tolist() == [f"{source}/{name}" for name in expected]
     put(source / "a.jpg")  # which of the two is meant?
-    with pytest.raises(BadTableError, match="'a' in .*twice"):
+    with pytest.raises(BadTableError, match=r"'a' in .*twice"):
         data.load_pairs(source)
 
 
@@ -512,6 +525,8 @@ def test_a_folder_of_pictures_is_a_source(source, capsys):
     put(source / "deep" / "beside.txt", "\ufeff a  dog\r\nin the_snow ")
     put(source / "wide.PNG")
     put(source / "wide.txt", "a wide cat".encode("utf-16"))
+    put(source / "saved.png")  # AUTOMATIC1111 writes such files, too
+    put(source / "saved.txt", "a saved cat,\noil\nNegative prompt: blurry\nSteps: 20, Seed: 1")
     put(source / "empty.jpg", broken.encode(broken.photo(16, 16), "JPEG"))
     put(source / "empty.txt", " \n")
     put(source / "latin.webp", broken.encode(broken.photo(16, 16), "WEBP"))
@@ -523,9 +538,8 @@ def test_a_folder_of_pictures_is_a_source(source, capsys):
     put(source / "clip.mp4")
     put(source / "notes.txt", "no picture has this name")
     pairs = data.load_pairs(source).set_index("id")
-    assert pairs.index.tolist() == sorted(
-        ["deep/beside.png", "empty.jpg", "latin.webp", "plain.bmp", "told.png", "torn.png", "wide.PNG"]
-    )
+    missing = ["empty.jpg", "latin.webp", "plain.bmp", "torn.png"]
+    assert {*pairs.index} == {*missing, "told.png", "deep/beside.png", "wide.PNG", "saved.png"}
     assert pairs.columns.tolist() == [
         *("prompt", "image", "raw_prompt", "negative_prompt", "writer", "reason")
     ]
@@ -533,10 +547,10 @@ def test_a_folder_of_pictures_is_a_source(source, capsys):
     assert fox["prompt"] == data.plain("a (red:1.2) fox, <lora:detail:0.8>")
     assert fox["raw_prompt"] == "a (red:1.2) fox, <lora:detail:0.8>"
     assert (fox["negative_prompt"], fox["reason"]) == ("blurry", "")
-    assert "1111" in fox["writer"] or fox["writer"]
+    assert fox["writer"]
     assert pairs["prompt"]["deep/beside.png"] == data.plain("a dog in the_snow")
     assert pairs["prompt"]["wide.PNG"] == "a wide cat"
-    missing = ["empty.jpg", "latin.webp", "plain.bmp", "torn.png"]
+    assert pairs["prompt"]["saved.png"] == "a saved cat, oil"
     assert pairs["prompt"][missing].isna().all()
     assert (pairs["reason"][missing] != "").all()
     assert "empty" in pairs["reason"]["empty.jpg"]
@@ -544,6 +558,21 @@ def test_a_folder_of_pictures_is_a_source(source, capsys):
     assert "2 other files" in out
     assert "clip.mp4" in out
     assert len(data.load_pairs(source, limit=3)) == 3
+
+
+def test_faults_of_one_folder_do_not_hide_the_next(source, tmp_path):
+    broken.diffusiondb(source, parts=2)
+    put(source / "images" / "part-000001.zip", b"")
+    put(tmp_path / "mine" / "a.png", told("a cat"))
+    put(tmp_path / "mine" / "vectors.parquet", broken.parquet_bytes({"x": [1]}))
+    both = f"{source}{os.pathsep}{tmp_path / 'mine'}"
+    pairs = data.load_pairs(both, on_bad="skip")
+    assert len(pairs) == 6
+    assert "a cat" in pairs["prompt"].tolist()
+    put(tmp_path / "other" / "a.png", told("a cat"))
+    both = f"{tmp_path / 'other'}{os.pathsep}{tmp_path / 'mine'}"
+    with pytest.raises(BadTableError, match=r"'a\.png' in mine?.*2 times|'a\.png' in other"):
+        data.load_pairs(both)
 
 
 def test_doubtful_prompts_are_missing_with_their_reason(source):
@@ -562,14 +591,15 @@ def test_pictures_without_any_prompt_are_refused_with_the_reasons(source):
     for number in range(3):
         put(source / f"{number}.png")
     put(source / "2.txt", "")
-    with pytest.raises(BadTableError, match=r"no picture of 3 .*2 times no prompt.*1 times its \.txt"):
+    with pytest.raises(
+        BadTableError, match=r"no picture of 3 .*2 times no prompt.*1 times its \.txt"
+    ):
         data.load_pairs(source)
 
 
 def test_own_pictures_are_prepared_like_any_source(source):
-    things = "cat dog house tree boat castle dragon flower robot wizard garden bridge".split()
     for colour in ("red", "green", "blue", "white"):
-        for thing in things:
+        for thing in squares.THINGS:
             text = f"a {colour} {thing}, oil painting of {thing}s"
             put(source / colour / f"{thing}.png", told(text))
     for number in range(4):
@@ -596,7 +626,7 @@ def test_prompts_are_counted_and_written_beside_pictures(source, capsys):
     assert not (source / "a.txt").exists()
     before = data.load_pairs(source).set_index("id")["prompt"]
     cli.main(["data", "prompts", str(source), "--write"])
-    assert "1 .txt written; 1 left" in capsys.readouterr().out
+    assert "1 .txt written; 1 not" in capsys.readouterr().out
     assert (source / "a.txt").read_text(encoding="utf-8") == "a (cat:1.2), <lora:x:1>\n"
     assert (source / "b.txt").read_text(encoding="utf-8") == "my own words"
     assert not (source / "deep" / "c.txt").exists()  # two pictures would share it

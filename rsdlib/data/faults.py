@@ -9,7 +9,7 @@ from rsdlib.errors import BadArchiveError, BadImageError, BadTableError, ConfigE
 
 NONE_BAD = pd.DataFrame(columns=["id", "part", "reason"])
 _ALWAYS, _SHARE = 5, 0.01  # so many faults pass, or this share of the rows
-_SKIP = "on_bad='skip' leaves it out and counts it."
+_SKIP = "With on_bad='skip' it is left out and counted."
 
 
 class Faults(list):
@@ -24,7 +24,7 @@ class Faults(list):
     def add(self, id, part, reason, kind=BadTableError):
         """Raise an error, or list the one fault of an image, a row or a part."""
         if self.on_bad == "error":
-            raise kind(f"{id!r} in {part}: {reason}", f"Correct it, or drop it: {_SKIP}")
+            raise kind(f"{id!r} in {part}: {reason}", f"Correct it, or drop it. {_SKIP}")
         self.append((str(id), part, reason))
 
     @contextlib.contextmanager
@@ -34,8 +34,7 @@ class Faults(list):
             yield
         except (BadArchiveError, BadImageError, BadTableError) as error:
             if self.on_bad == "error":
-                if _SKIP not in str(error) and not isinstance(error, BadImageError):
-                    raise type(error)(error.reason, f"{error.fix} Or: {_SKIP}") from error
+                error.args = (str(error).replace(f" {_SKIP}", "") + f" {_SKIP}",)
                 raise
             self.append((str(id), part, error.reason))
 

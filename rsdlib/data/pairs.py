@@ -1,6 +1,5 @@
 """Image-prompt pairs on disk in many layouts, read as one table and held against their parts."""
 
-import collections
 import concurrent.futures
 import csv
 import functools
@@ -91,9 +90,10 @@ def load_pairs(source, *, limit=None, on_bad="error"):
     faults, folders = Faults(on_bad), [source]
     if not Path(source).is_dir():
         folders = str(source).split(os.pathsep)
-    frames = [_read_folder(files.resolve_path(folder), limit, faults) for folder in folders]
-    frame = pd.concat(frames).sort_values("id", ignore_index=True)
-    frame = _once(frame, ", ".join(map(files.relative, map(files.resolve_path, folders))), faults)
+    folders = [files.resolve_path(folder) for folder in folders]
+    frame = pd.concat([_read_folder(folder, limit, faults) for folder in folders])
+    frame = frame.sort_values("id", ignore_index=True)
+    frame = _once(frame, ", ".join(map(files.relative, folders)), faults)
     bad = faults.table(len(frame) + len(faults), "rows and parts")
     if frame.empty:
         raise BadTableError(f"no pair of {source} is left: {', '.join(bad['reason'])}")
@@ -119,33 +119,29 @@ def _read_folder(source, limit, faults):
 
 def _read_others(source, limit, faults):
     """Read a folder that has neither a table of its own nor parts of DiffusionDB."""
-    names = list_files(source)
+    names, where, before = list_files(source), files.relative(source), len(faults)
     tables = [name for name in names if os.path.basename(name) in _TABLES]
     tables = {os.path.dirname(name): source / name for name in reversed(tables)}
     if tables:
         return pd.concat([_read_plain(source, path, faults) for path in tables.values()])
     archives = [source / name for name in names if name.endswith((".tar", ".parquet"))]
     frame = _each_part(functools.partial(_read_archive, source), archives, faults, limit)
-    if len(frame) or faults:
+    if len(frame) or len(faults) > before:
         return frame
     pictures = list_pictures(names)
     known = {*pictures, *(f"{os.path.splitext(name)[0]}.txt" for name in pictures)}
-    others = [name for name in names if name not in known]
-    kinds = {Path(name).suffix: name for name in reversed(others)}
-    there = f"there are {len(others):,} other files, {', '.join(kinds.values()) or 'none'}"
-    where = files.relative(source)
+    others = {Path(name).suffix: name for name in reversed(names) if name not in known}
+    there = f"{len(set(names) - known):,} other files ({', '.join(others.values()) or 'none'})"
     if not pictures:
-        message = f"{where} holds neither a table nor a part with images: {there}"
+        message = f"{where} holds neither a table nor a part with images, but {there}"
         raise BadTableError(message, "See rsdlib.data.load_pairs for the layouts.")
-    if others:
-        runtime.log(f"{where}: beside its pictures {there}: left out")
+    runtime.log(f"{where}: {len(pictures):,} pictures; left out are {there}")
     frame = find_prompts(source, pictures[:limit])
     if frame["prompt"].isna().all():
-        reasons = collections.Counter(frame["reason"]).most_common(3)
-        told = "; ".join(f"{count:,} times {reason}" for reason, count in reasons)
-        fix = "Write a .txt beside each, or a metadata.csv with file_name and prompt."
-        message = f"no picture of {len(frame):,} in {where} has a prompt: {told}; {there}"
-        raise BadTableError(message, fix)
+        reasons = frame["reason"].value_counts().head(3).items()
+        told = ", ".join(f"{count:,} times {reason}" for reason, count in reasons)
+        message = f"no picture of {len(frame):,} in {where} has a prompt: {told}; beside {there}"
+        raise BadTableError(message, "Write .txt files beside them, or a metadata.csv.")
     return frame
 
 
@@ -195,16 +191,17 @@ def _read_plain(source, table, faults):
 
 def _find_images(folder, listed):
     """Yield the path of the one file that each name means, None without; case does not matter."""
-    meant = defaultdict(set)
-    for name in list_pictures(list_files(folder)):
+    names = [
+        os.path.normpath(file.replace("\\", "/")).removeprefix(f"{folder}/") for file in listed
+    ]
+    exact, meant = [os.path.isfile(folder / name) for name in names], defaultdict(set)
+    for name in () if all(exact) else list_pictures(list_files(folder)):
         for key in (name, os.path.splitext(name)[0]):
             meant[key.lower().removeprefix("images/")].add(name)
-    for file in listed:
-        name = os.path.normpath(file.replace("\\", "/")).removeprefix(f"{folder}/")
-        inside, [*found] = not name.startswith(("/", "../")), meant[name.lower()]
-        if inside and os.path.isfile(f"{folder}/{name}"):
-            found = [name]
-        yield f"{folder}/{found[0]}" if inside and len(found) == 1 else None
+    for name, is_file in zip(names, exact, strict=True):
+        found = [name] if is_file else [*meant[name.lower()]]
+        climbs = name.startswith(("/", "../"))
+        yield None if climbs or len(found) != 1 else f"{folder}/{found[0]}"
 
 
 # --- DiffusionDB's layout -------------------------------------------------------------------------
@@ -347,7 +344,7 @@ def _read_archive(source, path, faults):
         if path.suffix == ".tar":
             frame = _read_samples(part, faults)
         else:
-            frame = _read_table(path, faults, part.others).reset_index(drop=True)
+            frame = _read_table(path, faults, part.others)
             rows = frame.index.map("{:06}/".format).astype(str)
             frames = [frame.assign(member=rows + column) for column in part.columns]
             frame = pd.concat([*frames, frame.iloc[:0].assign(member="")]).sort_values("member")
@@ -432,7 +429,8 @@ def _read_table(path, faults, columns=None, filters=None):
     where = files.relative(path)
     with _reading(where), path.open("rb") as stream:
         if path.suffix == ".parquet":
-            return pd.read_parquet(stream, columns=columns, filters=filters)
+            frame = pd.read_parquet(stream, columns=columns, filters=filters)
+            return frame.reset_index(drop=frame.index.names == [None])
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         if path.suffix == ".csv":
             return _read_csv(text, where, faults)

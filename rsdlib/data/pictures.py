@@ -1,5 +1,6 @@
 """Folders of pictures without a table: prompts from the files beside them, or out of them."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,9 +69,10 @@ def _told(path):
         with open_part(beside.parent) as part:
             data = part.read(beside.name)
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        text = tidy(data.decode("utf-16" if wide else "utf-8-sig"))
+        text = data.decode("utf-16" if wide else "utf-8-sig")
     except (BadImageError, UnicodeDecodeError) as error:
-        return None, "", SIDECAR, f"its .txt cannot be read ({getattr(error, 'reason', error)})"
+        return None, "", SIDECAR, f"its .txt cannot be read ({error.reason})"
+    text = tidy(re.split(r"\n(?:Negative prompt:|Steps: \d)", text)[0])  # AUTOMATIC1111's
     return text or None, "", SIDECAR, "" if text else "its .txt is empty"
 
 
@@ -80,22 +82,11 @@ def write_sidecars(prompts):
     Parameters
     ----------
     prompts : pandas.DataFrame
-        From `find_prompts`.
-
-    Returns
-    -------
-    written, left : int
-        How many files were written, and how many prompts have none because the name is taken or
-        belongs to two pictures.
+        From `find_prompts`. Pictures that would share a file get none.
     """
     paths = prompts["image"].map(lambda path: Path(path).with_suffix(".txt"))
-    shared = paths.duplicated(keep=False)
     ours = prompts["raw_prompt"].notna() & (prompts["writer"] != SIDECAR)
-    written = 0
-    for path, prompt in zip(
-        paths[ours & ~shared], prompts["raw_prompt"][ours & ~shared], strict=True
-    ):
-        if not path.exists():
-            files.write_text(path, prompt + "\n")
-            written += 1
-    return written, int(ours.sum()) - written
+    free = ours & ~paths.duplicated(keep=False) & ~paths.map(Path.exists)
+    for path, prompt in zip(paths[free], prompts["raw_prompt"][free], strict=True):
+        files.write_text(path, f"{prompt}\n")
+    runtime.log(f"{sum(free):,} .txt written; {sum(ours & ~free):,} not: two would share it")
