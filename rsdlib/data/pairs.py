@@ -217,6 +217,7 @@ def _read_diffusiondb(source, table, parts, limit, faults):
     if table is not None:
         where = files.relative(table)
         frame = _checked(_read_rows(table, parts), where, _DIFFUSIONDB, faults)
+        frame = _once(frame, where, faults)
         by = ["part_id"] if limit is None else ["part_id", "id"]
         frame = frame.sort_values(by, kind="stable", ignore_index=True)
         parts = {number: parts[number] for number in frame["part_id"].unique()}
@@ -268,10 +269,12 @@ def _read_rows(table, parts):
     """Return the rows of a table that are about certain parts; the others never become Python's."""
     where = files.relative(table)
     with _reading(where), pyarrow.parquet.ParquetFile(table) as file:
-        empty, rows = file.schema_arrow.empty_table().to_pandas(), file.metadata.num_rows
-    if not pd.api.types.is_integer_dtype(empty[_column(empty, where, ["part_id"])]):
-        raise BadTableError(f"column 'part_id' of {where} does not hold whole numbers throughout")
-    columns = [name for name in empty if name not in _UNREAD]
+        kinds = {field.name: field.type for field in file.schema_arrow}
+        rows = file.metadata.num_rows
+    if not pyarrow.types.is_integer(kinds.get("part_id", pyarrow.null())):
+        message = f"{where} has no column 'part_id' that holds whole numbers throughout"
+        raise BadTableError(message, f"Its columns are {[*kinds]}.")
+    columns = [name for name in kinds if name not in _UNREAD]
     frame = _read_table(table, Faults(), columns, [("part_id", "in", list(parts))])
     if len(frame) < rows:
         runtime.log(f"{rows - len(frame):,} of {rows:,} rows are left out: no part on disk")
@@ -310,9 +313,10 @@ def _hold(path, told, where, unlisted, faults):
         if listed[name].get("p") != prompt:
             faults.add(name, part.where, f"its prompt is another than in {where}: {prompt!r}")
     unlisted.append(len(inside.keys() - prompts.keys() - {own}))
-    told = told[~told["file"].isin([name for name, *_ in faults])]
+    if faults:
+        told = told[~told["file"].isin([name for name, *_ in faults])]
     start = f"{path}{'::' if path.suffix else '/'}"
-    return told.assign(image=start + told["file"].map(inside).astype(str))
+    return told.assign(image=[f"{start}{inside[name]}" for name in told["file"]])
 
 
 def _read_json(part, name):
@@ -400,10 +404,10 @@ def load_prompts(path):
     where = files.relative(table)
     if table.suffix in (".parquet", ".csv", ".jsonl"):
         columns = ["prompt"] if table.name in _TABLES[:2] else None  # of DiffusionDB's thirteen
-        frame = _read_table(table, Faults(), columns)
-        prompts = frame[_column(frame, where, _PROMPT)].dropna()
-        if _unfit(prompts, "prompt").any():
-            raise BadTableError(f"column {prompts.name!r} of {where} does not hold text throughout")
+        frame = _checked(
+            _read_table(table, Faults(), columns), where, {"prompt": _PROMPT}, Faults()
+        )
+        prompts = frame["prompt"].dropna()
     else:
         opener = gzip.open if table.suffix == ".gz" else open
         with _reading(where), opener(table, "rt", encoding="utf-8-sig") as stream:
@@ -469,7 +473,7 @@ def _read_csv(text, where, faults):
 
 
 def _checked(frame, where, wanted, faults):
-    """Bring a table to our column names; check its types and that no id repeats."""
+    """Bring a table to our column names; check its types."""
     if not frame.columns.is_unique:
         raise BadTableError(f"a column of {where} has the name of another")
     told = {column: _column(frame, where, names) for column, names in wanted.items()}
@@ -487,7 +491,7 @@ def _checked(frame, where, wanted, faults):
         frame = frame[~unfit] if unfit.any() else frame
         if kind == "numbers":
             frame = frame.assign(**{column: pd.to_numeric(frame[column])})
-    return _once(frame, where, faults)
+    return frame
 
 
 def _unfit(values, column):

@@ -31,10 +31,7 @@ MAX_GROUP = 4 * 2**30  # bytes of a row group, unpacked: as much is in memory
 # backslash, NUL, or climbing.
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|//|(^|/)\.{1,2}(/|$)")
 # What systems leave in folders and archives: hidden files, previews, waste bins.
-_CLUTTER = re.compile(
-    r"(?i)(^|/)(\.|(__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN|lost\+found)(/|$)"
-    r"|(e?h?thumbs\.db|desktop\.ini|Icon\r)$)"
-)
+_CLUTTER = re.compile(r"(?i)(^|/)(\.|__MACOSX/|@eaDir/|#recycle/|thumbs\.db$|desktop\.ini$)")
 # What libraries raise on broken data.
 BROKEN = (OSError, EOFError, IndexError, RuntimeError, TypeError, ValueError, struct.error)
 BROKEN += (pyarrow.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
