@@ -217,7 +217,6 @@ def _read_diffusiondb(source, table, parts, limit, faults):
     if table is not None:
         where = files.relative(table)
         frame = _checked(_read_rows(table, parts), where, _DIFFUSIONDB, faults)
-        frame = _once(frame, where, faults)
         by = ["part_id"] if limit is None else ["part_id", "id"]
         frame = frame.sort_values(by, kind="stable", ignore_index=True)
         parts = {number: parts[number] for number in frame["part_id"].unique()}
@@ -404,10 +403,8 @@ def load_prompts(path):
     where = files.relative(table)
     if table.suffix in (".parquet", ".csv", ".jsonl"):
         columns = ["prompt"] if table.name in _TABLES[:2] else None  # of DiffusionDB's thirteen
-        frame = _checked(
-            _read_table(table, Faults(), columns), where, {"prompt": _PROMPT}, Faults()
-        )
-        prompts = frame["prompt"].dropna()
+        frame = _read_table(table, Faults(), columns)
+        prompts = _checked(frame, where, {"prompt": _PROMPT}, Faults())["prompt"].dropna()
     else:
         opener = gzip.open if table.suffix == ".gz" else open
         with _reading(where), opener(table, "rt", encoding="utf-8-sig") as stream:
@@ -473,10 +470,13 @@ def _read_csv(text, where, faults):
 
 
 def _checked(frame, where, wanted, faults):
-    """Bring a table to our column names; check its types."""
+    """Bring a table to our column names; check its types and that no id repeats."""
     if not frame.columns.is_unique:
         raise BadTableError(f"a column of {where} has the name of another")
-    told = {column: _column(frame, where, names) for column, names in wanted.items()}
+    told = {column: next(filter(frame.__contains__, wanted[column]), None) for column in wanted}
+    for column in [column for column, name in told.items() if name is None]:
+        message = f"{where} has no column {' or '.join(map(repr, wanted[column]))}"
+        raise BadTableError(message, f"Its columns are {[*map(str, frame)]}.")
     used = {*told.values(), "id", "prompt", "image", "file"}
     columns = pd.DataFrame({column: frame[name] for column, name in told.items()})
     frame = pd.concat([columns, frame.drop(columns=used, errors="ignore")], axis=1)
@@ -491,7 +491,7 @@ def _checked(frame, where, wanted, faults):
         frame = frame[~unfit] if unfit.any() else frame
         if kind == "numbers":
             frame = frame.assign(**{column: pd.to_numeric(frame[column])})
-    return frame
+    return _once(frame, where, faults) if "id" in frame else frame
 
 
 def _unfit(values, column):
@@ -511,12 +511,3 @@ def _once(frame, where, faults):
         how = f"different {' and '.join(differing)}" if differing else "the same prompt"
         faults.add(id, where, f"it stands there {len(rows)} times, with {how}")
     return frame[~repeated] if repeated.any() else frame
-
-
-def _column(frame, where, names):
-    """Return the first of the columns `names` that is there."""
-    name = next((name for name in names if name in frame), None)
-    if name is None:
-        message = f"{where} has no column {' or '.join(map(repr, names))}"
-        raise BadTableError(message, f"Its columns are {[*map(str, frame)]}.")
-    return name
