@@ -175,6 +175,12 @@ def test_above_five_faults_and_one_percent_the_data_are_refused(source):
         data.load_pairs(source, on_bad="skip")
 
 
+def test_nothing_is_left(source):
+    put(source / "metadata.csv", "file_name,prompt\n1.png,a cat\n2.png,a dog, x\n")
+    with pytest.raises(BadTableError, match=r"no pair of .* is left"):
+        data.load_pairs(source, on_bad="skip")
+
+
 def test_a_limit_is_filled_from_the_parts_that_are_sound(source):
     broken.diffusiondb(source, parts=3, images=4)
     put(source / "images" / "part-000001.zip", b"")

@@ -22,7 +22,7 @@ import pandas as pd
 
 from rsdlib import errors, files, runtime
 from rsdlib.data.faults import Faults
-from rsdlib.data.images import decode_image, resize, split_locator
+from rsdlib.data.images import SUFFIXES, decode_image, resize, split_locator
 from rsdlib.data.pairs import load_pairs
 from rsdlib.data.parts import open_part
 from rsdlib.data.stores import Forward, Store, half, weights_key
@@ -30,7 +30,6 @@ from rsdlib.data.stores import Forward, Store, half, weights_key
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
 _RULE = "2: RGB on white, upright, centre square, bicubic"  # part of every front's key
-_NO_IMAGES = (".json", ".jsonl", ".txt", ".csv", ".parquet")
 
 # --- fronts ---------------------------------------------------------------------------------------
 
@@ -114,7 +113,7 @@ def make_shards(path, wanted, fronts, folder, device="auto", about=""):
     """
     shards = []
     with open_part(path) as part:
-        images = {name for name in part.names() if not name.endswith(_NO_IMAGES)}
+        images = {name for name in part.names() if Path(name).suffix.lower() in ("", *SUFFIXES)}
         for names in _buckets(sorted(images | set(wanted))):
             content = files.digest([names, [part.crc(name) for name in names], _RULE])
             notes = folder / f"{path.stem}-{content}.json"

@@ -122,8 +122,8 @@ def _read_others(source, limit, faults):
     names, where, before = list_files(source), files.relative(source), len(faults)
     tables = [name for name in names if os.path.basename(name) in _TABLES]
     tables = {os.path.dirname(name): source / name for name in reversed(tables)}
-    if tables:
-        return pd.concat([_read_plain(source, path, faults) for path in tables.values()])
+    if plain := [table for table in tables.values() if _is_plain(table)]:
+        return pd.concat([_read_plain(source, table, faults) for table in plain])
     archives = [source / name for name in names if name.endswith((".tar", ".parquet"))]
     frame = _each_part(functools.partial(_read_archive, source), archives, faults, limit)
     if len(frame) or len(faults) > before:
@@ -135,7 +135,7 @@ def _read_others(source, limit, faults):
     if not pictures:
         message = f"{where} holds neither a table nor a part with images, but {there}"
         raise BadTableError(message, "See rsdlib.data.load_pairs for the layouts.")
-    runtime.log(f"{where}: {len(pictures):,} pictures; left out are {there}")
+    runtime.log(f"{where}: {len(pictures):,} pictures, beside them {there}")
     frame = find_prompts(source, pictures[:limit])
     if frame["prompt"].isna().all():
         reasons = frame["reason"].value_counts().head(3).items()
@@ -182,11 +182,13 @@ def _is_plain(table):
 def _read_plain(source, table, faults):
     where, below = files.relative(table), table.parent.relative_to(source).as_posix()
     frame = _checked(_read_table(table, faults), where, _PLAIN, faults)
-    frame = frame.assign(image=[*_find_images(table.parent, frame["file"])])
+    prefix = "" if below == "." else f"{below}/"
+    images = [*_find_images(table.parent, frame["file"])]
+    frame = frame.assign(id=prefix + frame["id"], image=images)
     absent = frame["image"].isna()
     for file in frame["file"][absent]:
         faults.add(file, where, "the image is listed but not in the folder, or stands there twice")
-    return frame[~absent].assign(id=("" if below == "." else f"{below}/") + frame["id"])
+    return frame[~absent]
 
 
 def _find_images(folder, listed):
@@ -242,11 +244,10 @@ def _find_diffusiondb(source):
     if larges and (not parts or (large and not small)):
         table, parts, larges = large, larges, parts
     if larges:
-        runtime.log(f"{len(larges):,} parts of the other DiffusionDB in {source} are left out")
+        where = files.relative(source)
+        runtime.log(f"{len(larges):,} parts of the other DiffusionDB in {where} are left out")
     if (small or large) and not (table and parts):
-        message = (
-            f"{files.relative(small or large)} lists none of the parts in {files.relative(source)}"
-        )
+        message = f"{files.relative(small or large)} lists none of the parts beside it"
         fix = f"2M has {_TABLES[0]} and images/part-000001.zip ..., Large has {_TABLES[1]}."
         raise BadTableError(message, fix)
     return table, parts
