@@ -209,10 +209,10 @@ def test_bad_images_stop_or_are_left_out_of_every_figure(source, tmp_path):
     (tmp_path / prepared.pairs["id"].iloc[broken]).write_bytes(b"<html>404</html>")
     with pytest.raises(BadImageError, match="none of PNG"):
         prepared.images(64)
-    assert (
-        prepared.images(64, "skip").key != experiment.prepare(settings(source).data).images(64).key
-    )
-    store = prepared.images(64, "skip")
+    prepared = experiment.prepare(settings(tmp_path, on_bad="skip").data)
+    store = prepared.images(64)
+    assert store.key != experiment.prepare(settings(source).data).images(64).key
+    assert prepared.bad["id"].tolist() == [prepared.pairs["id"].iloc[broken]]
     scores = prepared.scores(store)
     assert broken not in scores.rows
     assert len(scores.rows) == len(prepared.rows("test")) - 1
