@@ -272,8 +272,7 @@ def predict(
         folder = run or best_run(profile)
         captioner = best_run(profile, captions=True) if captions else None
         predictor = Predictor.load(folder, device, captioner, bank=rank or bank)
-        if on_bad == "skip":
-            paths = [path for path in paths if _readable(path)]
+        paths = [path for path in paths if on_bad == "error" or _readable(path)]
         unsaid = load_prompts(without) if os.path.isfile(without) else without.split(",")
         prediction = predictor.predict(paths, n_prompts=None if rank else 5, without=unsaid)
         records = prediction.records(paths)
@@ -449,9 +448,8 @@ def main(arguments=None):
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
     commands |= {"extract": extract, "train": train, "data": data, "models": models}
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a notebook's has no encoding of its own
-            stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError):  # a notebook's has no encoding of its own
+        sys.stdout.reconfigure(errors="backslashreplace")  # as the standard error's always
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)
     except RsdError as error:

@@ -220,9 +220,9 @@ class Predictor:
         embeddings, probabilities, distances, captions, found = (
             np.concatenate(arrays) for arrays in zip(*parts, strict=True)
         )
-        said = np.array([say(word) for word in self.words], object)  # "" where it is left out
-        ranked = (pd.Series(row[said != ""], said[said != ""]) for row in probabilities)
-        words = [list(row.nlargest(n_words).items()) for row in ranked]
+        table = pd.DataFrame(probabilities, columns=map(say, self.words))
+        rows = table.drop(columns="", errors="ignore").iterrows()  # what is left out is ""
+        words = [list(row.nlargest(n_words).items()) for _, row in rows]
         prompts = self._nearest(embeddings, n_prompts, say)
         captions = None if self.captioner is None else captions.tolist()
         distances = None if self.domain is None else distances
@@ -288,11 +288,8 @@ _ARTISTS = r"((art|artwork|painting|illustration) )?by .*|(in the )?style of .*"
 def _saying(without):
     """Return a function that says a text but for the parts that hold what is to be left out."""
     known = {"artists": _ARTISTS}
-    unsaid = [
-        known.get(text, rf".*(?<!\w){re.escape(text)}(?!\w).*")
-        for text in map(str.strip, without)
-        if text
-    ]
+    texts = filter(None, map(str.strip, without))
+    unsaid = [known.get(text, rf".*(?<!\w){re.escape(text)}(?!\w).*") for text in texts]
     is_unsaid = re.compile("|".join(unsaid) or "(?!)", re.I | re.S).fullmatch
     return lambda text: ",".join(p for p in text.split(",") if not is_unsaid(p.strip())).strip()
 

@@ -30,7 +30,7 @@ from rsdlib.data.stores import NONE_BAD, Store, half
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
-_RULE = "2: RGB on white, upright, centre square, bicubic"  # part of every front's key
+_RULE = "3: RGB on white, upright, centre square, bicubic"  # part of every front's key
 _NO_IMAGES = (".json", ".jsonl", ".txt", ".csv", ".parquet")
 
 # --- fronts ---------------------------------------------------------------------------------------

@@ -67,13 +67,10 @@ def read_file(image):
         place, name = split_locator(image)
         with open_part(files.resolve_path(place)) as part:
             return part.read(name), name, part.where
-    stream = getattr(image, "fp", None)  # None once the pixels are in memory
-    if stream is not None:
+    if getattr(image, "fp", None) is not None:  # None once the pixels are in memory
         with refusing(BROKEN, BadImageError, "image", "memory", "its file cannot be read ({})"):
-            position = stream.tell()
-            stream.seek(0)
-            image = stream.read()
-            stream.seek(position)
+            image.fp.seek(0)  # Pillow finds its place by itself
+            image = image.fp.read()
     return image, "image", "memory"
 
 
