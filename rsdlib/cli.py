@@ -347,15 +347,15 @@ def extract(
 
     if not 0 <= rank < of:
         raise ConfigError(f"rank = {rank} of {of} is no share", f"Count from 0 to {of - 1}.")
-    chosen = config.profile(profile, source)
+    chosen = config.profile(profile, source, on_bad="skip")
     backbones = backbones or (*chosen.readers, "blip")
-    parts = data.find_parts(chosen.data.source)[rank::of]
+    parts = data.find_parts(chosen.data.source, chosen.data.on_bad)[rank::of]
     with data.executor(processes, dask) as pool:
         fronts, images, bad = experiment.extract(chosen, backbones, parts, pool, device)
     runtime.log(f"{len(parts)} parts, {images:,} images, {bad:,} bad: ready for {len(fronts)} uses")
     if local:
         os.environ["RSD_LOCAL"] = local
-        experiment.prepare(chosen.data).stores(fronts, "skip", device)
+        experiment.prepare(chosen.data).stores(fronts, device)
 
 
 def train(folder: str, /):
@@ -377,26 +377,39 @@ def train(folder: str, /):
 
 
 def data(
-    what: Literal["fetch", "check"],
-    dataset: Literal["diffusiondb", "stores"] = "diffusiondb",
+    what: Literal["fetch", "check", "prompts"],
+    dataset: str = "diffusiondb",
     /,
     parts: str = "1",
     large: bool = False,
     prompts_only: bool = False,
     folder: str | None = None,
+    write: bool = False,
 ):
-    """Fetch DiffusionDB from the model hub, or check it: rsd data fetch diffusiondb --parts 5.
+    """Fetch DiffusionDB from the model hub, check it, or read prompts out of pictures.
+
+    For example: rsd data fetch diffusiondb --parts 5; rsd data prompts my/pictures.
 
     Args:
-        what: fetch what is not here yet, or check every byte of what is.
-        dataset: diffusiondb; or stores, what was made of images, to be checked.
+        what: fetch what is not here yet, check every byte of what is, or count prompts.
+        dataset: diffusiondb; or stores, what was made of images, to be checked; or the folder
+            of pictures.
         parts: how many parts of 1,000 images, from the first on, or a range such as 10-14.
         large: DiffusionDB Large (14 million images, WebP) instead of 2M (PNG).
         prompts_only: the table alone.
         folder: where it lies; default: data/diffusiondb, or data/diffusiondb-large.
+        write: put prompts that were found in pictures into .txt files beside them.
     """
     from rsdlib import data
 
+    if what == "prompts":
+        prompts = data.find_prompts(dataset)
+        print(prompts.value_counts(["writer", "reason"]).to_string())
+        if write:
+            data.write_sidecars(prompts)
+        return
+    if dataset not in ("diffusiondb", "stores"):
+        raise ConfigError(f"dataset = {dataset!r} is unknown", "Use diffusiondb or stores.")
     place = folder or f"data/diffusiondb{'-large' if large else ''}"
     if dataset == "stores":
         right, damaged = data.check_shards(folder)

@@ -104,6 +104,7 @@ class DataConfig:
     turn: Share = 0.0  # another split of the same size: by test_fraction, and nothing is shared
     vocabulary_size: Positive = 1000  # m, the paper's section 7
     limit: Positive | None = None  # read only this many pairs
+    on_bad: Literal["error", "skip"] = "error"  # what is damaged or missing: stop, or leave it out
 
 
 @settings

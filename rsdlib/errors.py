@@ -21,6 +21,7 @@ class RsdError(Exception):
 
     def __init__(self, message, fix=None, exit_code=None):
         self.fix, self.exit_code = fix or self.fix, exit_code or self.exit_code
+        self.reason = message
         super().__init__(f"{message}. {self.fix}" if self.fix else message)
 
 

@@ -46,6 +46,8 @@ class Prepared:
     targets : ndarray (n, 384), float32, memory-mapped
     labels : ndarray (n, ceil(m / 8)), uint8, memory-mapped
         Packed, see `rsdlib.data.pack`.
+    unread : DataFrame
+        What was left out when the source was read, see `bad`.
     """
 
     key: str
@@ -55,7 +57,14 @@ class Prepared:
     vocabulary: data.Vocabulary
     targets: np.ndarray
     labels: np.ndarray
+    unread: pd.DataFrame
     _stores: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def bad(self):
+        """What is left out, as ``config.on_bad`` allows: of the source, of the stores so far."""
+        stores = [store.bad for store in self._stores.values()]
+        return pd.concat([self.unread, *stores], ignore_index=True).drop_duplicates()
 
     def rows(self, split, store=None):
         """Return the rows of a split; with a store, those of them that it has."""
@@ -71,22 +80,22 @@ class Prepared:
             table.append((split, inside.sum(), len(mine), len(mine & others)))
         return pd.DataFrame(table, columns=["split", "pairs", "prompts", "shared"])
 
-    def images(self, size, on_bad="error"):
+    def images(self, size):
         """Return the images of all pairs, decoded once; large ones whenever they are looked at."""
         if size >= UNSTORED:
             return data.Unstored(self.pairs, size)
-        return self.stores([data.pixels(size)], on_bad)[0]
+        return self.stores([data.pixels(size)])[0]
 
-    def store(self, encoder, on_bad="error", device="auto"):
+    def store(self, encoder, device="auto"):
         """Return what an encoder reads: images, or what its frozen front makes of them."""
         fronts = _fronts(encoder)
-        return self.stores(fronts, on_bad, device)[0] if fronts else self.images(encoder.image_size)
+        return self.stores(fronts, device)[0] if fronts else self.images(encoder.image_size)
 
-    def stores(self, fronts, on_bad="error", device="auto"):
+    def stores(self, fronts, device="auto"):
         """Return the stores of some fronts, made in one pass, checked once a session."""
-        keys = [(front.key, on_bad) for front in fronts]
+        keys = [front.key for front in fronts]
         if not self._stores.keys() >= set(keys):
-            made = data.extract(self.pairs, fronts, on_bad=on_bad, device=device)
+            made = data.extract(self.pairs, fronts, on_bad=self.config.on_bad, device=device)
             if os.environ.get("RSD_LOCAL"):  # a folder on a fast disk
                 made = [store.copied(os.environ["RSD_LOCAL"]) for store in made]
             self._stores.update(zip(keys, made, strict=True))
@@ -167,10 +176,11 @@ def prepare(config):
     BadTableError
         Too few pairs are left to train on and to judge by; see also `rsdlib.data.load_pairs`.
     """
-    pairs = data.load_pairs(config.source, limit=config.limit)
+    pairs = data.load_pairs(config.source, limit=config.limit, on_bad=config.on_bad)
+    unread = pd.DataFrame(pairs.attrs.pop("bad"), columns=data.NONE_BAD.columns)
     ruled = pairs.columns.intersection(["id", "prompt", "image_nsfw", "prompt_nsfw", "reason"])
     fingerprint = pd.util.hash_pandas_object(pairs[ruled].astype(str), index=False).tolist()
-    settings = {name: value for name, value in as_dict(config).items() if name != "source"}
+    settings = {k: v for k, v in as_dict(config).items() if k not in ("source", "on_bad")}
     key = files.digest([settings, _RULES, fingerprint])
     folder = files.cache_dir() / "prepared" / key
     if not (folder / "vocabulary.json").exists():  # the last file of this step
@@ -184,7 +194,7 @@ def prepare(config):
     targets = files.cached_rows(folder / "targets.npy", embed)
     labels = files.cached_rows(folder / "labels.npy", lambda: data.pack(vocabulary.encode(prompts)))
     report = pd.read_parquet(folder / "report.parquet")
-    return Prepared(key, config, kept, report, vocabulary, targets, labels)
+    return Prepared(key, config, kept, report, vocabulary, targets, labels, unread)
 
 
 def _prepare(config, pairs, folder):
@@ -286,7 +296,6 @@ class Trial:
     folder : Path
         ``runs/<profile>/<name>-<key>``.
     prepared : Prepared
-    on_bad : {"error", "skip"}
     """
 
     model: object
@@ -298,7 +307,6 @@ class Trial:
     recipe: Recipe
     folder: Path
     prepared: Prepared
-    on_bad: str
 
     def run(self):
         """Train, or find the run done; return its folder."""
@@ -326,7 +334,7 @@ class Trial:
             raise errors.ConfigError(message, "Use processes=1.")
         arrays = training.runs.to_numpy(self.model.state_dict(), "model.")
         arrays |= {f"stage.{n}": stage.rows for n, stage in enumerate(self.stages)}
-        meta = {"data": as_dict(self.prepared.config), "on_bad": self.on_bad}
+        meta = {"data": as_dict(self.prepared.config)}
         meta["callbacks"] = bool(self.callbacks)  # the curriculum's own: see `planned`
         meta["epochs"] = [stage.epochs for stage in self.stages]
         settings = training.Plan(self.stages, self.config).settings(as_dict(self.recipe))
@@ -336,7 +344,7 @@ class Trial:
     def _learn_domain(self):
         """Store which pictures the trained model knows, for `rsdlib.Predictor`."""
         sides, size = [], self.model.backbone.image_size
-        images = self.prepared.images(size, self.on_bad)
+        images = self.prepared.images(size)
         for rows in (self.pairs.train, self.pairs.val):
             some = rows[:: -(-len(rows) // KNOWN)]
             read = {"device": self.config.device, "description": "what it knows"}
@@ -447,19 +455,18 @@ def plan(
     **how
         What differs from the profile: settings of the training, such as ``epochs=3``; ``weight``,
         the vocabulary loss's lambda, 0 trains the embedding alone ("vanilla"); ``head``, the heads'
-        arrangement. And ``on_bad``, "error" or "skip": what to do about unreadable images.
+        arrangement.
 
     Returns
     -------
     Trial
     """
-    on_bad = how.pop("on_bad", "error")
     heads = {name: how.pop(name, None) for name in ("weight", "head")}
     config = profile.training(backbone, **how)
     recipe, speech = _recipe(profile, backbone, prepared, encoder, heads, curriculum, config)
     model = recipe.build(encoder, speech=speech)
     start, front = data.weights_key(model), getattr(_encoder(model), "front", None)
-    pairs = _pairs(prepared, model, recipe, on_bad, config.device)
+    pairs = _pairs(prepared, model, recipe, config.device)
     if recipe.head.probe:
         features = data.features(pairs.store, model.backbone, device=config.device)
         read = data.PairStore(features, pairs.targets, None, 0, pairs.train, pairs.val)
@@ -468,8 +475,7 @@ def plan(
 
     def history():
         plain = {"curriculum": "none", "encoder": encoder, "objective": objective, **heads, **how}
-        run = train(profile, backbone, prepared, on_bad=on_bad, **plain)
-        return training.load_run(run).difficulty
+        return training.load_run(train(profile, backbone, prepared, **plain)).difficulty
 
     stages, callbacks = _order(recipe.curriculum, pairs.train, config.epochs, stages, history)
     keys = {"images": pairs.key, "start": start}
@@ -482,7 +488,7 @@ def plan(
     name = "-".join(parts).removesuffix("-none")
     folder = files.root() / "runs" / profile.name / f"{name}-{key}"
     order = objective or _objective(model, recipe), stages, callbacks
-    return Trial(model, pairs, *order, config, recipe, folder, prepared, on_bad)
+    return Trial(model, pairs, *order, config, recipe, folder, prepared)
 
 
 def planned(folder):
@@ -507,7 +513,7 @@ def planned(folder):
     prepared = prepare(from_dict(configs.DataConfig, meta["data"]))
     model, weights = recipe.build(load=False), training.runs.below(stored, "model.")
     training.runs.load_arrays_into(model, weights, folder / PLAN)
-    pairs = _pairs(prepared, model, recipe, meta["on_bad"], config.device)
+    pairs = _pairs(prepared, model, recipe, config.device)
     if pairs.key != recipe.images:
         message = f"the images of {files.relative(folder)} are not those it was planned with"
         raise errors.CheckpointError(message, "Plan it again: run the notebook that made it.")
@@ -517,7 +523,7 @@ def planned(folder):
     if meta["callbacks"]:
         _, callbacks = training.regime(recipe.curriculum, pairs.train, config.epochs)
     how = _objective(model, recipe), stages, callbacks, config
-    return Trial(model, pairs, *how, recipe, folder, prepared, meta["on_bad"])
+    return Trial(model, pairs, *how, recipe, folder, prepared)
 
 
 def white_box(profile, prepared, context="caption", noised=False, frozen=(), keep=0.0, **options):
@@ -593,8 +599,8 @@ def first_names(names):
     return tuple(name.partition(",")[0] for name in names)
 
 
-def _pairs(prepared, model, recipe, on_bad, device):
-    store = prepared.store(_encoder(model), on_bad, device)
+def _pairs(prepared, model, recipe, device):
+    store = prepared.store(_encoder(model), device)
     targets = model.encode(prepared.pairs["prompt"]) if recipe.captions else prepared.targets
     labels = prepared.labels if recipe.words else None
     if recipe.named:

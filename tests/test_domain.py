@@ -476,9 +476,9 @@ def test_pairs_of_several_folders_are_all_their_rows_sorted(tmp_path):
 def test_an_id_in_two_folders_is_refused_by_name(tmp_path):
     first = folder_of(tmp_path / "first", {"a.png": "an ant", "b.png": "a bee"})
     second = folder_of(tmp_path / "second", {"b.png": "a bee"})
-    with pytest.raises(BadTableError, match=r"id 'b\.png' stands in more than one folder"):
+    with pytest.raises(BadTableError, match=r"'b\.png' in first, second: it stands there 2 times"):
         load_pairs(f"{first}{os.pathsep}{second}")
-    with pytest.raises(BadTableError, match="more than one folder"):
+    with pytest.raises(BadTableError, match="first, first: it stands there 2 times"):
         load_pairs(f"{first}{os.pathsep}{first}")
     with pytest.raises(BadTableError, match=r"there is no folder .*third"):
         load_pairs(f"{first}{os.pathsep}{tmp_path / 'third'}")

@@ -617,6 +617,7 @@ def chain(length, last):
 
 
 NODES = {f"n{n}": sampler() for n in range(99, 5_999)}
+INPUTS = {f"positive_text_{n}": ["7", 0] for n in range(20_000)}
 HOSTILE = {
     "20 MB behind the pixels": lambda: a1111(b"{" * 2 * 10**7, behind=True),
     "20 MB behind a JPEG": lambda: exif_file("JPEG", b"a" * 60_000) + b"\xff" * 2 * 10**7,
@@ -629,6 +630,8 @@ HOSTILE = {
     "many widths": lambda: a1111(json.dumps(EASY)[:-1] + ', "width": 1' * 85_000 + "}"),
     "a circle of nodes": lambda: png({"prompt": chain(14_000, node("Reroute", any=["100", 0]))}),
     "many samplers": lambda: png({"prompt": graph(**NODES)}),
+    "many inputs": lambda: png({"prompt": graph(n6=node("Context", **INPUTS))}),
+    "many roles": lambda: png({"prompt": graph(n3=node("KSampler", **INPUTS))}),
     "a zip bomb": lambda: inside(chunk(b"iTXt", b"parameters\0\1\0\0\0" + bomb())),
     "many zip bombs": lambda: inside(
         b"".join(chunk(b"zTXt", b"%d\0\0" % n + bomb()) for n in range(40))
@@ -649,7 +652,7 @@ def test_hostile_metadata_end_in_time(case):
     start = time.process_time()
     found = read_prompt(data)
     assert time.process_time() - start < 5
-    assert found.prompt in (None, PROMPT)
+    assert found.prompt in (None, PROMPT, NEGATIVE)
     assert found.reason or found.prompt
 
 

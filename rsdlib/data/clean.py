@@ -17,20 +17,12 @@ import pyarrow.compute as pc
 
 from rsdlib import runtime
 from rsdlib.config import CleanConfig
-from rsdlib.data.prompts_in_images import BOILERPLATE, plain
+from rsdlib.data.prompts_in_images import BOILERPLATE, FIND, plain
 from rsdlib.errors import BadTableError, BadValueError, ConfigError
 
 # --- identity -------------------------------------------------------------------------------------
 
-_CONTROLS = r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"  # without those that are white space
-# Soft hyphen, bidi, zero-width: no glyph needs them.
-_MARKS = r"\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
-# Unicode's Default_Ignorable_Code_Point: joiners, variation selectors, fillers, tags, and _MARKS.
-_IGNORABLE = r"\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-_IGNORABLE += r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
-_IGNORABLE += r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
-_drop_marks = re.compile(f"[{_CONTROLS}{_MARKS}]").sub
-_drop_ignorable = re.compile(f"[{_CONTROLS}{_IGNORABLE}]").sub
+_drop_marks, _drop_ignorable = FIND["marks"].sub, FIND["ignorable"].sub
 _find_words = re.compile(r"\w+").findall
 _SPACED = bytes(n if n < 128 and _find_words(chr(n)) else 32 for n in range(256))
 
@@ -237,10 +229,9 @@ def repeated_prompts(prompts, threshold, seed=0):
 
     def alike(*pair):
         said = jaccard(*(numbers[starts[i] : starts[i + 1]].tolist() for i in pair))
-        if said < threshold or said == 1 > threshold:
-            return said == 1
-        texts = [wording(prompts[i]) for i in pair]
-        return jaccard(*(find_words(text) or [text] for text in texts)) >= threshold
+        wordings = (wording(prompts[i]) for i in pair)
+        words = (find_words(text) or [text] for text in wordings)  # read where it comes to that
+        return said >= threshold and (said == 1 > threshold or jaccard(*words) >= threshold)
 
     kept = defaultdict(list)  # a band and what stands in it -> kept prompts
     repeated = np.full(len(starts) - 1, -1)

@@ -22,16 +22,16 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import errors, files, runtime
+from rsdlib.data.faults import Faults
 from rsdlib.data.forward import Forward, weights_key
-from rsdlib.data.images import decode_image, resize, split_locator
+from rsdlib.data.images import SUFFIXES, decode_image, resize, split_locator
 from rsdlib.data.pairs import load_pairs
 from rsdlib.data.parts import open_part
-from rsdlib.data.stores import NONE_BAD, Store, half
+from rsdlib.data.stores import Store, half
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
 _RULE = "3: RGB on white, upright, centre square, bicubic"  # part of every front's key
-_NO_IMAGES = (".json", ".jsonl", ".txt", ".csv", ".parquet")
 
 # --- fronts ---------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ def make_shards(path, wanted, fronts, folder, device="auto", about=""):
     """
     shards = []
     with open_part(path) as part:
-        images = {name for name in part.names() if not name.endswith(_NO_IMAGES)}
+        images = {name for name in part.names() if Path(name).suffix.lower() in ("", *SUFFIXES)}
         for names in _buckets(sorted(images | set(wanted))):
             content = files.digest([names, [part.crc(name) for name in names], _RULE])
             notes = folder / f"{path.stem[:40]}-{content}.json"
@@ -233,9 +233,9 @@ def executor(processes=0, dask=""):
         yield None
 
 
-def find_parts(source):
+def find_parts(source, on_bad="error"):
     """Return the parts that hold the images of a source for `rsdlib.data.load_pairs`, in order."""
-    places = {split_locator(place)[0] for place in load_pairs(source)["image"]}
+    places = {split_locator(place)[0] for place in load_pairs(source, on_bad=on_bad)["image"]}
     return sorted(map(files.resolve_path, places))
 
 
@@ -310,9 +310,7 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
     BadTableError
         Too many images are bad.
     """
-    if on_bad not in ("error", "skip"):
-        raise errors.ConfigError(f"on_bad = {on_bad!r} is unknown", "Use 'error' or 'skip'.")
-    folder = Path(folder or files.cache_dir() / "parts")
+    faults, folder = Faults(on_bad), Path(folder or files.cache_dir() / "parts")
     places = pd.DataFrame(map(split_locator, pairs["image"]), columns=["part", "name"])
     groups = places.groupby("part")["name"]
     parts = [files.resolve_path(part) for part in groups.groups]
@@ -327,16 +325,10 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
         else:
             index.write()
     ids, where = pairs["id"].to_numpy(), places["part"].to_numpy()
-    bad = [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
-    if bad and on_bad == "error":
-        raise errors.BadImageError(*bad[0])
-    if bad:
-        message = f"{len(bad):,} of {len(places):,} images are bad, the first: {', '.join(bad[0])}"
-        if len(bad) > max(5, max_bad * len(places)):
-            fix = f"Get the data again, or raise max_bad = {max_bad}."
-            raise errors.BadTableError(message, fix)
-        runtime.log(f"{message}. They are left out.")
-    return index.stores(pd.DataFrame(bad, columns=NONE_BAD.columns))
+    faults += [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
+    if faults and on_bad == "error":
+        raise errors.BadImageError(*faults[0])
+    return index.stores(faults.table(len(places), "images", max_bad))
 
 
 class _Index:

@@ -219,6 +219,10 @@ def resize(image, size):
 _NOT_OURS = re.compile(r"\.|__MACOSX$|@eaDir$|#recycle$|\$RECYCLE\.BIN$")
 
 
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+SUFFIXES |= {".mpo"}
+
+
 def find_images(path):
     """Return the image files that a path means: itself, or what lies in and below a folder.
 
@@ -240,11 +244,9 @@ def find_images(path):
     path = Path(path)
     if path.is_file():
         return [path]
-    known = Image.registered_extensions()
-    suffixes = {suffix for suffix in known if known[suffix] in (*FORMATS, "MPO")}
     below = sorted(found for found in path.rglob("*") if found.is_file())
     below = [p for p in below if not any(map(_NOT_OURS.match, p.relative_to(path).parts))]
-    paths = [found for found in below if found.suffix.lower() in suffixes]
+    paths = [found for found in below if found.suffix.lower() in SUFFIXES]
     others = Counter(found.suffix.lower() for found in set(below).difference(paths))
     kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
     if not paths:

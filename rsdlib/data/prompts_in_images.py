@@ -25,10 +25,8 @@ MAX_PROMPT = 100_000  # characters
 _CHUNKS = {b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND"}
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-_PLACES, _EXIF = _TABLES["places"], {int(tag, 16): name for tag, name in _TABLES["exif"].items()}
-_WRITERS = {name: re.compile(pattern) for name, pattern in _TABLES["writers"].items()}
 BOILERPLATE = {word: n for n in (1, 2) for word in _TABLES["boilerplate"][n - 1].split()}
-_FIND = {name: re.compile(pattern) for name, pattern in _TABLES["patterns"].items()}
+FIND = {name: re.compile(pattern) for name, pattern in _TABLES["patterns"].items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,7 @@ def read_prompt(image):
     except RsdError as error:
         return EmbeddedPrompt(None, reason=getattr(error, "reason", str(error)))
     reasons, others = [], (place for place in texts if texts[place].startswith("{"))
-    for place in filter(texts.get, dict.fromkeys([*_PLACES, *others])):
+    for place in filter(texts.get, dict.fromkeys([*_TABLES["places"], *others])):
         try:
             if found := _read_text(place, texts[place].strip()):
                 return _judge(*found, size, f"{place}\n{texts[place]}\n{texts.get('extras')}")
@@ -98,12 +96,12 @@ def _judge(prompt, negative, settings, picture, text):
     prompt, negative = prompt.strip(), negative.strip()
     if re.sub(r"[\W_]+", " ", prompt.lower()).strip() in _TABLES["placeholders"]:
         raise ValueError(f"{prompt[:40]!r} is a placeholder")
-    if len(prompt) > MAX_PROMPT or _FIND["damaged"].search(prompt + negative):
+    if len(prompt) > MAX_PROMPT or FIND["damaged"].search(prompt + negative):
         raise ValueError("the prompt is damaged, or no prompt at that length")
-    writer = next((name for name, mark in _WRITERS.items() if mark.search(text)), "unknown")
-    widths, heights = (_FIND[side].findall(settings) for side in ("width", "height"))
+    widths, heights = (FIND[side].findall(settings) for side in ("width", "height"))
     sizes = [*zip(map(int, widths), map(int, heights), strict=False)]
-    known = len(widths) == len(heights) > 0 and not _FIND["drawn_on"].search(settings)
+    known = len(widths) == len(heights) > 0 and not FIND["drawn_on"].search(settings)
+    writer = next((w for w, mark in _TABLES["writers"].items() if re.search(mark, text)), "unknown")
     if known and not any(_agree(picture, size, text) for size in sizes):
         reason = "doubtful: the picture has {} x {} pixels, its metadata say {} x {}"
         return EmbeddedPrompt(None, negative, writer, reason.format(*picture, *sizes[0]), prompt)
@@ -116,7 +114,7 @@ def _agree(picture, stored, text):
     if abs(width * high - height * wide) > 0.03 * width * high:
         return abs(width - wide) < min(64, wide / 8) and abs(height - high) < min(64, high / 8)
     multiple = width > wide and width % wide == height % high == 0
-    collage = multiple and "\nSteps:" in text and not _FIND["enlarged"].search(text)
+    collage = multiple and "\nSteps:" in text and not FIND["enlarged"].search(text)
     return 8 * width >= wide and not collage
 
 
@@ -138,7 +136,7 @@ def _texts(image):
     """Return the texts that Pillow found, by their places in lower case."""
     exif = Image.Image.getexif(image)  # a PNG's own would decode its pixels
     tags = dict(exif) | exif.get_ifd(0x8769)
-    found = image.info | {name: tags[tag] for tag, name in _EXIF.items() if tag in tags}
+    found = image.info | {name: tags[tag] for name, tag in _TABLES["exif"].items() if tag in tags}
     found = {place: raw for place, raw in found.items() if isinstance(raw, bytes | str)}
     texts = {p.lower(): _decode(raw) for p, raw in found.items() if len(raw) <= MAX_TEXT}
     loose = {p: text for p, text in texts.items() if p == "comment" or text[:1] != "{"}
@@ -176,13 +174,13 @@ def _read_text(place, text):
     if place == "xmp":  # Draw Things; no parser of XML bears hostile input
         text = text.partition("<exif:UserComment>")[2].partition("<rdf:li")[2].partition(">")[2]
         text = html.unescape(text.partition("</")[0])
-    text = _FIND["label"].sub("", text)
+    text = FIND["label"].sub("", text)
     steps = [match.start() for match in re.finditer(r"(?m)^Steps: *\d", text)]
     if steps and re.search("Sampler|Seed|CFG [Ss]cale", text[steps[-1] :]):  # AUTOMATIC1111's form
         prompt, _, negative = f"\n{text[: steps[-1]]}".partition("\nNegative prompt:")
         return prompt, negative, text[steps[-1] :]
     if place == "dream" or " --ddim_steps " in text:  # InvokeAI's first age, Dream Factory
-        command = _FIND["command"].match(text)
+        command = FIND["command"].match(text)
         if text.startswith("!") or not command:
             raise ValueError("it is a command, no prompt")
         negative = command["settings"].partition('--neg_prompt "')[2].partition('" --')[0]
@@ -240,7 +238,7 @@ def _as_comfyui(nodes, edges):
 def _read_graph(nodes):
     """Read a ComfyUI graph: the one text that all samplers behind the saved picture share."""
     nodes = {key: (str(node.get("class_type")), node["inputs"]) for key, node in nodes.items()}
-    savers = [key for key in nodes if _FIND["saves"].search(f"{nodes[key][0]} {[*nodes[key][1]]}")]
+    savers = [key for key in nodes if FIND["saves"].search(f"{nodes[key][0]} {[*nodes[key][1]]}")]
     behind, pending = set(), [*(savers or nodes)]
     for key in pending:
         if key in nodes and key not in behind:
@@ -261,7 +259,7 @@ def _is_link(value):
 
 def _text_behind(nodes, drawing, role, other):
     """Return the text that links of a role lead to; one link of a pipe carries both roles."""
-    own, other = _FIND[role].search, _FIND[other].search
+    own, other = FIND[role].search, FIND[other].search
     pending = [key for key, node in drawing.items() if any(map(own, (node[0], *node[1])))]
     texts, seen = set(), set()
     for key in pending:
@@ -269,17 +267,17 @@ def _text_behind(nodes, drawing, role, other):
         if key in seen or "zeroout" in kind.lower():
             continue
         seen.add(key)
-        names = [name for name in inputs if not other(name)]
-        if roles := [*filter(own, names)]:  # a sampler, a loader or a pipe
-            names = [name for name in names if name in (*roles, "wildcard")]  # a detailer's words
-        holders = [*filter(_FIND["holds_text"].search, names)]
+        names = {name for name in inputs if not other(name)}
+        if roles := {*filter(own, names)}:  # a sampler, a loader or a pipe
+            names = roles | ({"wildcard"} & names)  # a detailer may have words of its own
+        holders = {*filter(FIND["holds_text"].search, names)}
         found = [inputs[name] for name in holders if isinstance(inputs[name], str)]
-        links = [name for name in names if not _FIND["leads_elsewhere"].search(name)]
+        links = [name for name in names if not FIND["leads_elsewhere"].search(name)]
         links = [str(inputs[name][0]) for name in links if _is_link(inputs[name])]
-        others = [name for name in names if name not in holders]
+        others = names - holders
         edits = [name for name in others if isinstance(inputs[name], str) or "seed" in name]
         edits = holders and edits and "clip" not in " ".join(inputs)
-        makes = edits or _FIND["makes_words"].search(" ".join([kind, *others]))
+        makes = edits or FIND["makes_words"].search(" ".join([kind, *others]))
         if makes or not found + links:
             raise ValueError(f"ambiguous: no fixed words behind {kind}")
         texts.update(map(str.strip, found))
@@ -309,7 +307,7 @@ def plain(prompt):
     str
     """
     signs = map(prompt.__contains__, _TABLES["plain"]["signs"])
-    if _FIND["dialect"].search(prompt) or prompt != prompt.strip(" ,") or any(signs):
+    if FIND["dialect"].search(prompt) or prompt != prompt.strip(" ,") or any(signs):
         for expression, instead in _TABLES["plain"]["steps"]:
             prompt = re.sub(expression, instead, prompt)
     return prompt

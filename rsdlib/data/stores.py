@@ -8,16 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from rsdlib import files, runtime
+from rsdlib.data.faults import NONE_BAD
 from rsdlib.data.forward import apply, weights_key
 from rsdlib.data.images import open_image, resize
 from rsdlib.errors import BadValueError
 
 _SHARD = 1000  # rows a shard
-NONE_BAD = pd.DataFrame(columns=["id", "part", "reason"])
 
 
 @functools.lru_cache(64)  # each map holds its file open, and a process may open a few hundred
