@@ -6,21 +6,21 @@ import os
 import re
 import threading
 import zlib
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from rsdlib import files, runtime
+from rsdlib import files
 from rsdlib.data.parts import BROKEN, open_part
-from rsdlib.errors import BadImageError, ConfigError, refusing
+from rsdlib.errors import BadImageError, refusing
 
 FULL_PIXELS = 2**24  # of one image; larger ones are read at a half or a quarter of their size
 MAX_PIXELS = 110_000_000  # while it is decoded: 440 MB, one image at a time
 MAX_CHUNKS = 100_000  # of a PNG
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+SUFFIXES |= {".mpo"}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # What Pillow is known to raise on broken files: the list of its own fuzz tests, and what ours met.
 _BROKEN_IMAGE = (*BROKEN, SyntaxError, OverflowError, AssertionError)
@@ -213,44 +213,3 @@ def resize(image, size):
     pixels = torch.from_numpy(square).permute(2, 0, 1)[None]
     how = {"size": (size, size), "mode": "bicubic", "antialias": True}
     return torch.nn.functional.interpolate(pixels, **how)[0].contiguous().numpy()
-
-
-# What systems and programs put beside pictures.
-_NOT_OURS = re.compile(r"\.|__MACOSX$|@eaDir$|#recycle$|\$RECYCLE\.BIN$")
-
-
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-SUFFIXES |= {".mpo"}
-
-
-def find_images(path):
-    """Return the image files that a path means: itself, or what lies in and below a folder.
-
-    Files of other kinds are named in one line; hidden ones are left out.
-
-    Parameters
-    ----------
-    path : path-like
-
-    Returns
-    -------
-    list of Path
-
-    Raises
-    ------
-    ConfigError
-        There is no such file, or no image in the folder.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    below = sorted(found for found in path.rglob("*") if found.is_file())
-    below = [p for p in below if not any(map(_NOT_OURS.match, p.relative_to(path).parts))]
-    paths = [found for found in below if found.suffix.lower() in SUFFIXES]
-    others = Counter(found.suffix.lower() for found in set(below).difference(paths))
-    kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
-    if not paths:
-        raise ConfigError(f"there is no file {path}, nor an image below it{kinds and f': {kinds}'}")
-    if kinds:
-        runtime.log(f"{path}: left out what is no image that can be read here: {kinds}")
-    return paths
