@@ -272,67 +272,48 @@ def predict(
         folder = run or best_run(profile)
         captioner = best_run(profile, captions=True) if captions else None
         predictor = Predictor.load(folder, device, captioner, bank=rank or bank)
-        if on_bad == "skip":
-            paths = [path for path in paths if _readable(path)]
+        paths = [path for path in paths if on_bad == "error" or _readable(path)]
         unsaid = load_prompts(without) if os.path.isfile(without) else without.split(",")
-        unsaid = list(filter(None, map(str.strip, unsaid)))
         prediction = predictor.predict(paths, n_prompts=None if rank else 5, without=unsaid)
-        if prediction.in_domain is not None and not prediction.in_domain.all():
-            print(f"{(~prediction.in_domain).sum()} of {len(paths)} pictures {UNLIKE}")
-        if sidecar:
-            _write_sidecars(paths, prediction.records(paths))
-    if format != "text":  # what goes into a file is UTF-8, whatever the console
-        with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(encoding="utf-8")
-    if format == "csv":
-        print(prediction.table(paths).to_csv(index=False), end="")
-    elif format == "kaggle":
-        print(prediction.submission(paths).to_csv(), end="")
+        records = prediction.records(paths)
+        if strange := sum(not record.get("in_domain", True) for record in records):
+            print(f"{strange} of {len(paths)} pictures {UNLIKE}")
+        for path, record in zip(paths, records, strict=True) if sidecar else ():
+            said = record.get("caption") or next(iter(dict(record["prompts"])), "")
+            if said and not path.with_suffix(".txt").exists():
+                files.write_text(path.with_suffix(".txt"), said)
+    if format == "text":
+        print(f"model: {files.relative(folder)}", *map(_as_text, records), sep="\n")
     elif format == "json":
-        print(json.dumps(prediction.records(paths)))
-    else:
-        print(f"model: {files.relative(folder)}")
-        for record in prediction.records(paths):
-            _print_record(record)
-
-
-def _write_sidecars(paths, records):
-    for path, record in zip(paths, records, strict=True):
-        beside = path.with_suffix(".txt")
-        said = [record.get("caption"), *(prompt for prompt, _ in record["prompts"])]
-        if any(said) and not beside.exists():
-            files.write_text(beside, next(filter(None, said)))
+        print(json.dumps(records))
+    else:  # what goes into a file is UTF-8, whatever the console
+        table = prediction.submission(paths) if format == "kaggle" else prediction.table(paths)
+        table.to_csv(getattr(sys.stdout, "buffer", sys.stdout), index=False)
 
 
 UNLIKE = "are unlike all that this model was trained on: do not trust what it reads in them. "
 UNLIKE += "Train on your kind of pictures: rsd run 01_train_vit -p profile desk -p source FOLDER"
 
 
-def _print_record(record):
-    print(f"\n{record['image']}")
+def _as_text(record):
+    facts = {"WARNING": "", "stored": record["stored_prompt"], "caption": record.get("caption")}
     if not record.get("in_domain", True):
-        print(f"  WARNING  unlike its training pictures: {record['distance']:.1f} times the limit")
-    if record["stored_prompt"]:
-        cosine = record["stored_cosine"]
-        print(f"  stored   {'' if cosine is None else f'{cosine:.3f}  '}{record['stored_prompt']}")
-    if "caption" in record:
-        print(f"  caption  {record['caption']}")
-    if record["words"]:
-        words = ", ".join(f"{word} {probability:.2f}" for word, probability in record["words"])
-        print(f"  words    {words}")
-    for prompt, similarity in record["prompts"]:
-        print(f"  {similarity:.3f}    {prompt}")
+        facts["WARNING"] = f"unlike its training pictures: {record['distance']:.1f} times the limit"
+    if record["stored_cosine"] is not None:
+        facts["stored"] = f"{record['stored_cosine']:.3f}  {record['stored_prompt']}"
+    facts["words"] = ", ".join(f"{word} {share:.2f}" for word, share in record["words"])
+    lines = [f"  {name:<9}{fact}" for name, fact in facts.items() if fact]
+    lines += [f"  {similarity:.3f}    {prompt}" for prompt, similarity in record["prompts"]]
+    return "\n".join(["", record["image"], *lines])
 
 
 def _readable(path):
     from rsdlib.data import open_image
 
     try:
-        open_image(path)
+        return open_image(path)
     except errors.BadImageError as error:
         print(f"left out: {error.id}: {error.reason}")
-        return False
-    return True
 
 
 def extract(
@@ -429,17 +410,19 @@ def data(
         return
     if dataset not in ("diffusiondb", "stores"):
         raise ConfigError(f"dataset = {dataset!r} is unknown", "Use diffusiondb or stores.")
+    place = folder or f"data/diffusiondb{'-large' if large else ''}"
     if dataset == "stores":
         right, damaged = data.check_shards(folder)
         runtime.log(f"right: {right} files; damaged and deleted, to be made again: {damaged}")
-        return
-    folder = folder or f"data/diffusiondb{'-large' if large else ''}"
-    if what == "fetch":
+    elif what == "fetch":
         chosen = () if prompts_only else data.part_range(parts, large=large)
-        data.fetch_diffusiondb(folder, chosen, large=large)
+        data.fetch_diffusiondb(place, chosen, large=large)
     else:
-        checked, unknown = data.check_diffusiondb(folder)
+        checked, unknown = data.check_diffusiondb(place)
         runtime.log(f"right: {checked} files; no checksum known: {unknown}")
+
+
+_MODEL = "{:<52} {:<56} {:<12} {:<24} {:>8} {}".format
 
 
 def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (), /):
@@ -455,7 +438,11 @@ def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (),
         raise ConfigError("no model was named", f"Known: {sorted(weights.MODELS)}.")
     here = {name: weights.whereabouts(name) for name in names or weights.MODELS}
     if what != "check":
-        _print_models(here, weights.MODELS)
+        print(_MODEL("name", "hub or package", "revision", "licence", "size", "here"))
+        for name, (where, _) in here.items():
+            spec = weights.MODELS[name]
+            revision, size = (spec.revision or "-")[:12], f"{spec.size / 1e9:.2f} GB"
+            print(_MODEL(name, spec.hub or spec.package, revision, spec.licence, size, where))
     if what == "list":
         return
     for name in names or [name for name, (_, folder) in here.items() if folder]:
@@ -463,17 +450,6 @@ def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (),
             weights.locate(name, check=False)
         right, unknown = weights.verify(name)
         runtime.log(f"{name}: right: {right} files; no checksum known: {unknown}")
-
-
-_MODEL = "{:<52} {:<56} {:<12} {:<24} {:>8} {}".format
-
-
-def _print_models(here, specs):
-    print(_MODEL("name", "hub or package", "revision", "licence", "size", "here"))
-    for name, (where, _) in here.items():
-        spec = specs[name]
-        size, revision = f"{spec.size / 1e9:.2f} GB", (spec.revision or "-")[:12]
-        print(_MODEL(name, spec.hub or spec.package, revision, spec.licence, size, where))
 
 
 def main(arguments=None):
@@ -485,9 +461,8 @@ def main(arguments=None):
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
     commands |= {"extract": extract, "train": train, "data": data, "models": models}
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a notebook's has no encoding of its own
-            stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError):  # a notebook's has no encoding of its own
+        sys.stdout.reconfigure(errors="backslashreplace")  # as the standard error's always
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)
     except RsdError as error:

@@ -82,23 +82,21 @@ class Prediction:
         if self.distances is not None:
             columns["in_domain"] = self.in_domain.tolist()
             columns["distance"] = self.distances.round(3).tolist()
-        if self.stored:
-            columns |= zip(_STORED, zip(*self.stored, strict=True), strict=True)
+        columns |= zip(_STORED, zip(*self.stored, strict=True), strict=False)  # none of no images
         columns = {name: values for name, values in columns.items() if values is not None}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def table(self, images):
         """Return a DataFrame to save: one row an image, no embeddings; see `records`."""
-        rows, hidden = [], ["embedding", "prompts", "distance", "stored_reason"]
-        for record in self.records(images):
-            said = "; ".join(f"{word} {share:.3f}" for word, share in record["words"])
-            nearest, similarity = record["prompts"][0] if record["prompts"] else ("", np.nan)
-            seen = {"words": said, "nearest_prompt": nearest, "similarity": similarity}
-            rows.append(record | seen)
-        return pd.DataFrame(rows).drop(columns=hidden, errors="ignore")
+        hidden = ["embedding", "prompts", "distance", "stored_reason"]
+        table = pd.DataFrame(self.records(images)).drop(columns=hidden, errors="ignore")
+        said = ("; ".join(f"{word} {share:.3f}" for word, share in words) for words in self.words)
+        nearest = [near[0] if near else ("", np.nan) for near in self.prompts]
+        nearest = pd.DataFrame(nearest, columns=["nearest_prompt", "similarity"])
+        return table.assign(words=list(said)).join(nearest)
 
     def submission(self, images):
-        """Return Kaggle's "Stable Diffusion - Image to Prompts": a Series to save as CSV.
+        """Return Kaggle's "Stable Diffusion - Image to Prompts": a DataFrame to save as CSV.
 
         Raises
         ------
@@ -111,7 +109,7 @@ class Prediction:
             message = f"{len(set(names))} names of {len(names)} images with {size} values each"
             raise errors.BadValueError(message, "Kaggle asks for distinct names, and 384 values.")
         rows = [f"{name}_{number}" for name in names for number in range(size)]
-        return pd.Series(self.embeddings.ravel(), pd.Index(rows, name="imgId_eId"), name="val")
+        return pd.DataFrame({"imgId_eId": rows, "val": self.embeddings.ravel()})
 
 
 @dataclass
@@ -222,9 +220,9 @@ class Predictor:
         embeddings, probabilities, distances, captions, found = (
             np.concatenate(arrays) for arrays in zip(*parts, strict=True)
         )
-        said = pd.Index(map(say, self.words))  # "" where a word is left out
-        ranked = [pd.Series(row[said != ""], said[said != ""]) for row in probabilities]
-        words = [list(row.nlargest(n_words).items()) for row in ranked]
+        table = pd.DataFrame(probabilities, columns=map(say, self.words))
+        rows = table.drop(columns="", errors="ignore").iterrows()  # what is left out is ""
+        words = [list(row.nlargest(n_words).items()) for _, row in rows]
         prompts = self._nearest(embeddings, n_prompts, say)
         captions = None if self.captioner is None else captions.tolist()
         distances = None if self.domain is None else distances
@@ -239,37 +237,35 @@ class Predictor:
         sizes = [reader.image_size for reader in (encoder, self.captioner) if reader is not None]
         *squares, found = zip(*(_look(image, sizes) for image in images), strict=True)
         pixels, *larger = (torch.from_numpy(np.stack(s)).to(self.device) for s in squares)
-        probabilities, distances, captions = np.empty((len(images), 0)), (), []
+        distances, captions = (), []
         with data.evaluating(self.model.to(self.device)):
             features = encoder(pixels if front is None else front.to(self.device).eval()(pixels))
             embedding, logits = self.model.heads(features)
-        if logits is not None:
-            probabilities = logits.float().sigmoid().cpu().numpy()
+        logits = embedding[:, :0] if logits is None else logits
         if self.domain is not None:
             look = models.texture(pixels.cpu().numpy())
             distances = self.domain.distance({"features": features.float().cpu(), "texture": look})
         if self.captioner is not None:
             with data.evaluating(self.captioner.to(self.device)):
                 captions = self.captioner.caption(*larger)
+        probabilities = logits.float().sigmoid().cpu().numpy()
         return embedding.cpu().numpy(), probabilities, distances, captions, found
 
     def _nearest(self, embeddings, n_prompts, say):
-        if not (self.bank and n_prompts != 0 and len(embeddings)):
+        prompts, known = self.bank or ([], None)
+        count = len(prompts[:n_prompts])
+        if not (count and len(embeddings)):
             return [[] for _ in embeddings]
-        prompts, known = self.bank
-        count = len(prompts) if n_prompts is None else min(n_prompts, len(prompts))
-        near = ensemble.nearest(embeddings, known, count)
-        pairs = [zip(*both, strict=True) for both in zip(*near, strict=True)]
-        told = [[(say(prompts[i]), float(similarity)) for similarity, i in some] for some in pairs]
-        return [[pair for pair in some if pair[0]] for some in told]
+        near = zip(*ensemble.nearest(embeddings, known, count), strict=True)
+        told = [[(say(prompts[i]), float(s)) for s, i in zip(*one, strict=True)] for one in near]
+        return [[pair for pair in pairs if pair[0]] for pairs in told]
 
 
 def _look(image, sizes):
     """Return an image at some sizes, and what its file says of its prompt; then it is let go."""
-    content, name, where = data.read_file(image)
-    picture = data.decode_image(image if content is None else content, name, where)
-    found = data.read_prompt(content or b"")
-    return *(data.resize(picture, size) for size in sizes), found
+    file = data.read_file(image)
+    picture = data.decode_image(*file)
+    return *(data.resize(picture, size) for size in sizes), data.read_prompt(file[0])
 
 
 def _compared(embeddings, found, device):
@@ -292,7 +288,8 @@ _ARTISTS = r"((art|artwork|painting|illustration) )?by .*|(in the )?style of .*"
 def _saying(without):
     """Return a function that says a text but for the parts that hold what is to be left out."""
     known = {"artists": _ARTISTS}
-    unsaid = [known.get(text, rf".*(?<!\w){re.escape(text)}(?!\w).*") for text in without]
+    texts = filter(None, map(str.strip, without))
+    unsaid = [known.get(text, rf".*(?<!\w){re.escape(text)}(?!\w).*") for text in texts]
     is_unsaid = re.compile("|".join(unsaid) or "(?!)", re.I | re.S).fullmatch
     return lambda text: ",".join(p for p in text.split(",") if not is_unsaid(p.strip())).strip()
 
@@ -351,9 +348,8 @@ def best_run(profile=None, captions=False):
         if len(runs):
             runs["newest"] = runs.groupby("data")["made"].transform("max")
             return runs.sort_values(["newest", "words", "score"])["folder"].iloc[-1]
-    what = "no captioner" if captions else "nothing"
-    message = f"{what} is trained yet below {' or '.join(f'runs/{name}' for name in profiles)}"
-    raise CacheError(message, _TRAIN[captions])
+    what, places = "no captioner" if captions else "nothing", " or runs/".join(profiles)
+    raise CacheError(f"{what} is trained yet below runs/{places}", _TRAIN[captions])
 
 
 def _finished(folder, captions):

@@ -31,7 +31,7 @@ from rsdlib.data.stores import Store, half
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
-_RULE = "2: RGB on white, upright, centre square, bicubic"  # part of every front's key
+_RULE = "3: RGB on white, upright, centre square, bicubic"  # part of every front's key
 
 # --- fronts ---------------------------------------------------------------------------------------
 

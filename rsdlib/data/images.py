@@ -6,21 +6,21 @@ import os
 import re
 import threading
 import zlib
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from rsdlib import files, runtime
+from rsdlib import files
 from rsdlib.data.parts import BROKEN, open_part
-from rsdlib.errors import BadImageError, ConfigError, refusing
+from rsdlib.errors import BadImageError, refusing
 
 FULL_PIXELS = 2**24  # of one image; larger ones are read at a half or a quarter of their size
 MAX_PIXELS = 110_000_000  # while it is decoded: 440 MB, one image at a time
 MAX_CHUNKS = 100_000  # of a PNG
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+SUFFIXES |= {".mpo"}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # What Pillow is known to raise on broken files: the list of its own fuzz tests, and what ours met.
 _BROKEN_IMAGE = (*BROKEN, SyntaxError, OverflowError, AssertionError)
@@ -55,29 +55,23 @@ def open_image(image):
     BadArchiveError
         The archive that holds it is damaged or hostile.
     """
-    content, name, where = read_file(image)
-    return decode_image(image if content is None else content, name, where)
+    return decode_image(*read_file(image))
 
 
 def read_file(image):
     """Return the bytes of an image's file, its name and where it lies; see `open_image`.
 
-    Of a PIL image that is loaded there are no bytes, but None.
+    Of a PIL image that is loaded there are no bytes, but itself.
     """
-    if isinstance(image, bytes):
-        return image, "image", "memory"
-    if not isinstance(image, Image.Image):
+    if not isinstance(image, bytes | Image.Image):
         place, name = split_locator(image)
         with open_part(files.resolve_path(place)) as part:
             return part.read(name), name, part.where
-    content, stream = None, getattr(image, "fp", None)  # None once the pixels are in memory
-    if stream is not None:
+    if getattr(image, "fp", None) is not None:  # None once the pixels are in memory
         with refusing(BROKEN, BadImageError, "image", "memory", "its file cannot be read ({})"):
-            position = stream.tell()
-            stream.seek(0)
-            content = stream.read()
-            stream.seek(position)
-    return content, "image", "memory"
+            image.fp.seek(0)  # Pillow finds its place by itself
+            image = image.fp.read()
+    return image, "image", "memory"
 
 
 _archived = re.compile(r"(.+?\.(?:zip|tar|parquet))::(.*)", re.S).fullmatch
@@ -110,13 +104,11 @@ def decode_image(data, id="image", part="memory"):
     formats = f"it is none of {', '.join(FORMATS)}, or the header is damaged"
     unknown = refusing(UnidentifiedImageError, BadImageError, id, part, formats)
     damaged = refusing(_BROKEN_IMAGE, BadImageError, id, part, "cut short, damaged or unsafe ({})")
-    with damaged, unknown, contextlib.ExitStack() as stack:
+    with damaged, unknown:
         image = data
-        if not isinstance(data, Image.Image):
-            stream = io.BytesIO(_without_metadata(data))
-            image = stack.enter_context(Image.open(stream, formats=FORMATS))  # reads the header
-        reason = _why_refused(image)
-        if reason:
+        if isinstance(data, bytes):  # of which this reads the header
+            image = Image.open(io.BytesIO(_without_metadata(data)), formats=FORMATS)
+        if reason := _why_refused(image):
             raise BadImageError(id, part, reason)
         rgb = _to_rgb(image) if image.width * image.height <= FULL_PIXELS else _shrunk(image)
         rgb.info = dict(image.info)  # with the EXIF
@@ -124,6 +116,17 @@ def decode_image(data, id="image", part="memory"):
             ImageOps.exif_transpose(rgb, in_place=True)
         rgb.info = {}
         return rgb
+
+
+def png_chunks(data):
+    """Yield the chunks of a PNG, each with its length and checksum; a last one may be cut short."""
+    end = 8
+    for _ in range(MAX_CHUNKS):
+        start, end = end, end + 12 + int.from_bytes(data[end : end + 4])
+        yield data[start:end]
+        if data[start + 4 : start + 8] in (b"IEND", b""):
+            return
+    raise ValueError(f"more than {MAX_CHUNKS:,} chunks")
 
 
 # Of a PNG: what its pixels depend on, and what may say which way up it is.
@@ -137,18 +140,14 @@ def _without_metadata(data):
         return data.replace(b"ICC_PROFILE\0", b"-" * 12).replace(b"Photoshop 3.0\0", b"-" * 14)
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
-    kept, start = [data[:8]], 8
-    for _ in range(MAX_CHUNKS):
-        chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4])]
+    kept = [data[:8]]
+    for chunk in png_chunks(data):
         right = len(chunk) > 11 and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
         if not right and (len(chunk) < 12 or chunk.startswith(_CHUNKS, 4)):
-            raise ValueError(f"damaged at byte {start:,}")
+            raise ValueError(f"the chunk {chunk[4:8]} is damaged")
         if right and chunk.startswith(_CHUNKS + _UPRIGHT, 4):
             kept.append(chunk)
-        if chunk[4:8] == b"IEND":
-            return b"".join(kept)
-        start += len(chunk)
-    raise ValueError(f"more than {MAX_CHUNKS:,} chunks")
+    return b"".join(kept)
 
 
 def _why_refused(image):
@@ -214,44 +213,3 @@ def resize(image, size):
     pixels = torch.from_numpy(square).permute(2, 0, 1)[None]
     how = {"size": (size, size), "mode": "bicubic", "antialias": True}
     return torch.nn.functional.interpolate(pixels, **how)[0].contiguous().numpy()
-
-
-# What systems and programs put beside pictures.
-_NOT_OURS = re.compile(r"\.|__MACOSX$|@eaDir$|#recycle$|\$RECYCLE\.BIN$")
-
-
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-SUFFIXES |= {".mpo"}
-
-
-def find_images(path):
-    """Return the image files that a path means: itself, or what lies in and below a folder.
-
-    Files of other kinds are named in one line; hidden ones are left out.
-
-    Parameters
-    ----------
-    path : path-like
-
-    Returns
-    -------
-    list of Path
-
-    Raises
-    ------
-    ConfigError
-        There is no such file, or no image in the folder.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    below = sorted(found for found in path.rglob("*") if found.is_file())
-    below = [p for p in below if not any(map(_NOT_OURS.match, p.relative_to(path).parts))]
-    paths = [found for found in below if found.suffix.lower() in SUFFIXES]
-    others = Counter(found.suffix.lower() for found in set(below).difference(paths))
-    kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
-    if not paths:
-        raise ConfigError(f"there is no file {path}, nor an image below it{kinds and f': {kinds}'}")
-    if kinds:
-        runtime.log(f"{path}: left out what is no image that can be read here: {kinds}")
-    return paths

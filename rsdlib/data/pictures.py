@@ -1,6 +1,7 @@
 """Folders of pictures without a table: prompts from the files beside them, or out of them."""
 
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rsdlib.data.clean import tidy
 from rsdlib.data.images import SUFFIXES
 from rsdlib.data.parts import is_clutter, open_part
 from rsdlib.data.prompts_in_images import plain, read_prompt
-from rsdlib.errors import BadImageError
+from rsdlib.errors import BadImageError, ConfigError
 
 SIDECAR = "file beside it"  # the writer of prompts that lie in a .txt
 _COLUMNS = ["id", "prompt", "image", "raw_prompt", "negative_prompt", "writer", "reason"]
@@ -28,6 +29,38 @@ def list_files(folder):
 def list_pictures(names):
     """Return the names among some that are images' by their suffix."""
     return [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+
+
+def find_images(path):
+    """Return the image files that a path means: itself, or what lies in and below a folder.
+
+    Files of other kinds are named in one line; hidden ones are left out.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    ConfigError
+        There is no such file, or no image in the folder.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    names = list_files(path)
+    pictures = list_pictures(names)
+    others = Counter(Path(name).suffix.lower() for name in set(names).difference(pictures))
+    kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
+    if not pictures:
+        raise ConfigError(f"there is no file {path}, nor an image below it{kinds and f': {kinds}'}")
+    if kinds:
+        runtime.log(f"{path}: left out what is no image that can be read here: {kinds}")
+    return [path / name for name in pictures]
 
 
 def find_prompts(folder, names=None):

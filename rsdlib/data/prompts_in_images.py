@@ -16,13 +16,11 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from rsdlib import files
-from rsdlib.data.images import _BROKEN_IMAGE, FORMATS, split_locator
-from rsdlib.data.parts import open_part
+from rsdlib.data.images import _BROKEN_IMAGE, FORMATS, png_chunks, read_file
 from rsdlib.errors import BadImageError, RsdError, refusing
 
 MAX_TEXT = 2**20  # bytes of one text; ComfyUI's large graphs have 0.3 MB
-MAX_TEXTS, MAX_CHUNKS = 1_000, 100_000  # of a PNG
+MAX_TEXTS = 1_000  # of a PNG
 MAX_PROMPT = 100_000  # characters
 _CHUNKS = {b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND"}
 
@@ -128,10 +126,7 @@ def _read_image(image):
     """Return the texts of an image by their places, and its width and height."""
     if isinstance(image, Image.Image) and Path(str(getattr(image, "filename", ""))).is_file():
         image = image.filename
-    if not isinstance(image, bytes | Image.Image):
-        place, name = split_locator(image)
-        with open_part(files.resolve_path(place)) as part:
-            image = part.read(name)
+    image, *_ = read_file(image)
     with refusing(_BROKEN_IMAGE, BadImageError, "", "", "its metadata cannot be read ({})"):
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(_without_pixels(image)), formats=FORMATS)
@@ -153,16 +148,11 @@ def _without_pixels(data):
     """Return what an image says of itself: Pillow reads no text behind the pixels of a PNG."""
     if not data.startswith(b"\x89PNG\r\n"):  # a JPEG says it in front
         return data[: 16 * MAX_TEXT] if data.startswith(b"\xff\xd8") else data
-    chunks, end = {}, 8
-    for _ in range(MAX_CHUNKS):
-        start, end = end, end + 12 + int.from_bytes(data[end : end + 4])
-        kind = data[start + 4 : start + 8]
-        if kind in _CHUNKS and end - start <= MAX_TEXT and len(chunks) < MAX_TEXTS:
-            chunk = data[start:end]
-            if chunks.setdefault(chunk[4:].partition(b"\0")[0], chunk) != chunk:
-                raise ValueError("one of its texts stands there twice, differently")
-        if kind in (b"IEND", b""):
-            break
+    chunks = {}
+    for chunk in png_chunks(data):
+        kept = chunk[4:8] in _CHUNKS and len(chunk) <= MAX_TEXT and len(chunks) < MAX_TEXTS
+        if kept and chunks.setdefault(chunk[4:].partition(b"\0")[0], chunk) != chunk:
+            raise ValueError("one of its texts stands there twice, differently")
     return data[:8] + b"".join(chunks.values())
 
 
