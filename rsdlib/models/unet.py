@@ -131,9 +131,8 @@ class Latents(nn.Module):
 
     def __init__(self, vae):
         super().__init__()
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = vae
         self.register_buffer("scale", torch.tensor(float(vae.config.scaling_factor)))
-        self.eval()
 
     def forward(self, images):
         """Map uint8 images (b, 3, s, s) to scaled latents (b, c, s / f, s / f).
@@ -142,8 +141,8 @@ class Latents(nn.Module):
         first layers hold 128 numbers a pixel.
         """
         parts = images.split(max(SLICE // images[0, 0].numel(), 1))
-        latents = [self.vae.encode((part.float() - 127.5) / 127.5).latent_dist for part in parts]
-        return torch.cat([latent.mode() for latent in latents]) * self.scale
+        latents = [self.vae.encode((p.float() - 127.5) / 127.5).latent_dist.mode() for p in parts]
+        return torch.cat(latents) * self.scale
 
 
 class CaptionedLatents(nn.Module):
@@ -161,9 +160,7 @@ class CaptionedLatents(nn.Module):
 
     def __init__(self, latents, captioner, texts):
         super().__init__()
-        self.latents, self.texts = latents, texts
-        self.captioner = captioner.requires_grad_(False)
-        self.eval()
+        self.latents, self.captioner, self.texts = latents, captioner, texts
 
     def forward(self, images):
         """Map uint8 images (b, 3, s, s) to latents and tokens in one row each, see `split_rows`."""
@@ -197,8 +194,7 @@ class Texts(nn.Module):
         from transformers import CLIPTextModel, CLIPTokenizer
 
         super().__init__()
-        encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
-        self.encoder = encoder.float().eval().requires_grad_(False)
+        self.encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
     def tokens(self, prompts):
@@ -265,7 +261,7 @@ def _open_front(folder, captioner):
             front = CaptionedLatents(front, open_captioner(captioner), texts)
         front.empty = texts.states(texts.tokens([""]))[0]
         front.factor = 2 ** len(vae.config.down_block_types[1:])
-        _FRONTS[key] = front
+        _FRONTS[key] = front.eval().requires_grad_(False)
     return front
 
 
