@@ -1,23 +1,46 @@
 """Shared by all tests: no network, one small project folder for everything that writes."""
 
 import importlib
+import json
 import os
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "RSD_HEADLESS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one core each
 
 import pytest
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def rsd(*arguments, cwd):
-    """Run the command ``rsd`` in a process of its own."""
-    command = [sys.executable, "-m", "rsdlib.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def pytest_configure(config):
+    """Start the server of warm processes, once for all that test side by side."""
+    if hasattr(os, "fork") and warm.SERVER not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="rsd-")
+        config.add_cleanup(folder.cleanup)
+        server = warm.start(folder.name)
+        config.add_cleanup(lambda: warm.stop(server))
+
+
+def rsd(*arguments, cwd, **environment):
+    """Run the command ``rsd`` in a process of its own, which begins warm."""
+    command = [*warm.COMMAND, "-m", "rsdlib.cli", *map(str, arguments)]
+    how = {"cwd": cwd, "capture_output": True, "text": True}
+    return subprocess.run(command, env=os.environ | environment, **how)
+
+
+@pytest.fixture(scope="session")
+def warm_kernels(tmp_path_factory):
+    """Return the environment in which the kernels of notebooks begin warm."""
+    folder = tmp_path_factory.mktemp("jupyter") / "kernels/python3"
+    folder.mkdir(parents=True)
+    argv = [*warm.COMMAND, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel = {"argv": argv, "display_name": "Python 3, warm", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(kernel))
+    return {"JUPYTER_PATH": str(folder.parents[1])}
 
 
 @pytest.fixture(scope="session")

@@ -53,9 +53,9 @@ def test_01_makes_what_it_needs_and_writes_its_results(trained):
     assert figures >= {f"01_vit_{kind}.png" for kind in kinds}
 
 
-def test_00_runs_after_it_from_the_same_caches(trained):
+def test_00_runs_after_it_from_the_same_caches(trained, warm_kernels):
     before = {path: path.stat().st_mtime_ns for path in (trained / "data/cache").rglob("*.npy")}
-    done = rsd("run", "00_prepare_data", "-p", "profile", "smoke", cwd=trained)
+    done = rsd("run", "00_prepare_data", "-p", "profile", "smoke", cwd=trained, **warm_kernels)
     assert done.returncode == 0, done.stderr
     after = {path: path.stat().st_mtime_ns for path in (trained / "data/cache").rglob("*.npy")}
     assert after == before
@@ -78,7 +78,7 @@ OTHERS = {
 
 
 @pytest.mark.timeout(600)
-def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained):
+def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained, warm_kernels):
     for name, parameters in OTHERS.items():
         pairs = zip(parameters[::2], parameters[1::2], strict=True)
         done = rsd(
@@ -89,6 +89,7 @@ def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained
             "smoke",
             *(word for pair in pairs for word in ("-p", *pair)),
             cwd=trained,
+            **warm_kernels,
         )
         assert done.returncode == 0, f"{name}: {done.stderr}"
     (folder,) = (trained / "runs/smoke").glob("figures-*")
