@@ -1,5 +1,6 @@
 """Shared by all tests: no network, one small project folder for everything that writes."""
 
+import gc
 import importlib
 import json
 import os
@@ -61,6 +62,13 @@ def own_root(request, tmp_path, monkeypatch):
     """Keep every other test's caches and runs in its own temporary folder."""
     if "project" not in request.fixturenames:
         monkeypatch.setenv("RSD_ROOT", str(tmp_path))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported():
+    """Spare the garbage collector what lives already: it is called after every training."""
+    gc.collect()
+    gc.freeze()
 
 
 LONGEST = ("test_notebooks", "test_training")  # files that are tested side by side begin with these
