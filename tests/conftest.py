@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,30 +19,24 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
-    """Start the server of warm processes, once for all that test side by side."""
-    if hasattr(os, "fork") and warm.SERVER not in os.environ:
+    """Let ``rsd`` and the kernels of notebooks begin warm, from one server for all workers."""
+    if sys.platform == "linux" and warm.SERVER not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="rsd-")
         config.add_cleanup(folder.cleanup)
         server = warm.start(folder.name)
         config.add_cleanup(lambda: warm.stop(server))
+        argv = [*warm.COMMAND, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        kernel = {"argv": argv, "display_name": "Python 3, warm", "language": "python"}
+        path = Path(folder.name) / "kernels/python3/kernel.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(kernel))
+        os.environ["JUPYTER_PATH"] = folder.name
 
 
-def rsd(*arguments, cwd, **environment):
+def rsd(*arguments, cwd):
     """Run the command ``rsd`` in a process of its own, which begins warm."""
     command = [*warm.COMMAND, "-m", "rsdlib.cli", *map(str, arguments)]
-    how = {"cwd": cwd, "capture_output": True, "text": True}
-    return subprocess.run(command, env=os.environ | environment, **how)
-
-
-@pytest.fixture(scope="session")
-def warm_kernels(tmp_path_factory):
-    """Return the environment in which the kernels of notebooks begin warm."""
-    folder = tmp_path_factory.mktemp("jupyter") / "kernels/python3"
-    folder.mkdir(parents=True)
-    argv = [*warm.COMMAND, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    kernel = {"argv": argv, "display_name": "Python 3, warm", "language": "python"}
-    (folder / "kernel.json").write_text(json.dumps(kernel))
-    return {"JUPYTER_PATH": str(folder.parents[1])}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")

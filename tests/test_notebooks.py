@@ -1,6 +1,7 @@
 """Notebooks run headless at the smoke size, from anywhere, and what they have trained is used."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from rsdlib import data, experiment, files, predict
 
 @pytest.fixture(scope="module")
 def trained(project, tmp_path_factory):
-    """Run 01 with plain papermill from an unrelated folder, before 00 has ever run."""
+    """Run 01 with plain papermill from an unrelated folder, before 00 has ever run, all cold."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     command = [
         sys.executable,
@@ -27,7 +28,8 @@ def trained(project, tmp_path_factory):
         "profile",
         "smoke",
     ]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+    cold = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, env=cold)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (elsewhere / "out.ipynb").is_file()
     return project
@@ -53,9 +55,9 @@ def test_01_makes_what_it_needs_and_writes_its_results(trained):
     assert figures >= {f"01_vit_{kind}.png" for kind in kinds}
 
 
-def test_00_runs_after_it_from_the_same_caches(trained, warm_kernels):
+def test_00_runs_after_it_from_the_same_caches(trained):
     before = {path: path.stat().st_mtime_ns for path in (trained / "data/cache").rglob("*.npy")}
-    done = rsd("run", "00_prepare_data", "-p", "profile", "smoke", cwd=trained, **warm_kernels)
+    done = rsd("run", "00_prepare_data", "-p", "profile", "smoke", cwd=trained)
     assert done.returncode == 0, done.stderr
     after = {path: path.stat().st_mtime_ns for path in (trained / "data/cache").rglob("*.npy")}
     assert after == before
@@ -78,7 +80,7 @@ OTHERS = {
 
 
 @pytest.mark.timeout(600)
-def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained, warm_kernels):
+def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained):
     for name, parameters in OTHERS.items():
         pairs = zip(parameters[::2], parameters[1::2], strict=True)
         done = rsd(
@@ -89,7 +91,6 @@ def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained
             "smoke",
             *(word for pair in pairs for word in ("-p", *pair)),
             cwd=trained,
-            **warm_kernels,
         )
         assert done.returncode == 0, f"{name}: {done.stderr}"
     (folder,) = (trained / "runs/smoke").glob("figures-*")

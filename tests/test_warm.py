@@ -10,7 +10,7 @@ import pytest
 import warm
 from conftest import REPOSITORY
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies need fork")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no server")
 SCRIPT = """
 import os, sys, time
 print(sys.argv[1:], os.getcwd(), os.environ["ASKED"], __name__, "timm" in sys.modules)
@@ -40,6 +40,7 @@ def both(script, *arguments, cwd):
     return ends
 
 
+@linux
 @pytest.mark.parametrize("how", ["works", "fails", "says", "ends", "dies"])
 def test_a_warm_process_ends_like_a_cold_one(script, tmp_path, how):
     (code, lines, last), cold = both(script, how, "an argument", cwd=tmp_path)
@@ -48,6 +49,7 @@ def test_a_warm_process_ends_like_a_cold_one(script, tmp_path, how):
     assert (code, last) == (cold[0], cold[2])
 
 
+@linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_signals_reach_the_copy(script, tmp_path, number):
     environment = {**os.environ, "ASKED": ""}

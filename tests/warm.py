@@ -3,8 +3,8 @@
 ``python -IS warm.py ARGUMENTS`` does what ``python ARGUMENTS`` does, for ``-m module ...`` and for
 ``script ...``. A server, see `start`, forks itself for each such call, with the caller's folder,
 environment and streams; nothing has been done in it but imports. The caller passes signals on and
-ends as its copy ends; the copy is killed when its caller is. Without a server, or where the
-environment holds other settings of the interpreter, the call is an ordinary one.
+ends as its copy ends; the copy is killed when its caller is. Without a server, which only Linux
+gets, or where the environment holds other settings of the interpreter, the call is an ordinary one.
 """
 
 import atexit
@@ -55,10 +55,10 @@ tyro
 
 def call(arguments):
     """Do what ``python ARGUMENTS`` does, by a copy of the server; end as it ends."""
-    server = socket.socket(socket.AF_UNIX)
     fixed, address = json.loads(os.environ.get(SERVER, "[null, null]"))
     if fixed != [os.environ.get(name) for name in FIXED]:
         os.execv(sys.executable, [sys.executable, *arguments])
+    server = socket.socket(socket.AF_UNIX)
     server.connect(address)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: server.sendall(bytes([number])))
