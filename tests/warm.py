@@ -173,6 +173,9 @@ def become(arguments, cwd, environment, streams):
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    how = {"encoding": "utf-8", "closefd": False}
+    sys.stdin, sys.stdout = open(0, **how), open(1, "w", **how)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", **how)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
