@@ -198,8 +198,8 @@ def _fetched(name, **how):
 
         how["revision"] = spec.revision
         folder = Path(snapshot_download(spec.hub, allow_patterns=spec.files or None, **how))
-        for file in spec.files:  # without the hub it answers with what is there, whole or not
-            if "*" not in file and not (folder / file).is_file():
+        for file in spec.files:  # where the hub is out of reach, a folder may come without them
+            if file.endswith((".safetensors", ".bin")) and not (folder / file).is_file():
                 hf_hub_download(spec.hub, file, **how)
         return folder
 

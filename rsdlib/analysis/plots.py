@@ -7,29 +7,26 @@ nor tables in notebooks read any mathematics in it, and each character has a fon
 import re
 import textwrap
 import unicodedata
-from itertools import zip_longest
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
+from matplotlib import rcParams, style
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, LogFormatterMathtext, MaxNLocator, PercentFormatter
 
 from rsdlib import files, runtime
 from rsdlib.analysis.metrics import each_training
 
-# Okabe and Ito's palette, distinguishable under every common colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#7F7F7F"
 MOST = 12  # lines of a paragraph below a picture
 
-matplotlib.style.use(Path(__file__).parent / "house.mplstyle")
-_INSTALLED = {font.name for font in fontManager.ttflist}
-_FAMILY = [name for name in matplotlib.rcParams["font.family"] if name in _INSTALLED]
-matplotlib.rcParams["font.family"] = _FAMILY
+style.use(Path(__file__).parent / "house.mplstyle")
+_FONTS = fontManager.get_font_names()
+rcParams["font.family"] = [name for name in rcParams["font.family"] if name in _FONTS]
+LogFormatterMathtext.__call__ = LogFormatter.__call__  # powers of ten would be mathematics
 pd.options.display.html.use_mathjax = False
 
 
@@ -51,28 +48,16 @@ def plain(text, most=80):
     """
     text = re.sub(r"[^\S\n]", " ", str(text))
     text = text if len(text) <= most else f"{text[: most - 1]}…"
-    drawable = (c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
-    return "".join(drawable)
+    return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
 def _axes(ax, height=3.6):
     return ax if ax is not None else Figure((6.4, height), layout="constrained").add_subplot()
 
 
-def _legend(ax, **how):
-    """Name all that was drawn with a label, also where it begins with an underscore."""
-    drawn = {str(artist.get_label()): artist for artist in (*ax.lines, *ax.containers)}
-    unnamed = re.compile(r"_(child|container)\d+|_nolegend_")
-    named = [label for label in drawn if not unnamed.fullmatch(label)]
-    ax.legend([drawn[label] for label in named], map(plain, named), **how)
-
-
-def _number(figure):
-    """Write the numbers of logarithmic axes as they are: powers would be mathematics."""
-    for axis in [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]:
-        if axis.get_scale() == "log":
-            axis.set_major_formatter(LogFormatter(axis.get_transform().base))
-            axis.set_minor_formatter(LogFormatter(axis.get_transform().base))
+def _legend(ax, drawn, **how):
+    """Name what was drawn, by name, also where that begins with an underscore."""
+    ax.legend(drawn.values(), map(plain, drawn), **how)
 
 
 def _bounds(estimates):
@@ -95,7 +80,6 @@ def save_figure(figure, path):
         The path.
     """
     figure = getattr(figure, "figure", figure)
-    _number(figure)
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
     runtime.log(f"figure: {files.relative(path)}")
@@ -119,8 +103,8 @@ def plot_report(report, *, ax=None):
     """
     ax = _axes(ax, height=0.36 * len(report) + 1)
     rules, left, taken = report["rule"], report["rows_out"], report["rows_in"] - report["rows_out"]
-    ax.barh(rules, left, color=COLOURS[0])
-    dropped = ax.barh(rules, taken, left=left, color=COLOURS[1])
+    ax.barh(rules, left, color="C0")
+    dropped = ax.barh(rules, taken, left=left, color="C1")
     ax.bar_label(dropped, [f" {count:,}" for count in taken], fontsize=8, color=GREY)
     ax.invert_yaxis()
     ax.grid(visible=False)
@@ -144,17 +128,18 @@ def plot_curves(runs, *, ax=None):
     Axes
     """
     ax = _axes(ax)
-    for (name, several), colour in zip(runs.items(), COLOURS, strict=False):
-        for label, metrics in zip_longest([name], each_training(several)):
+    drawn = {}
+    for number, (name, several) in enumerate(runs.items()):
+        for metrics in each_training(several):
             epochs = metrics.dropna(subset="val_similarity")
             epochs = epochs.set_index(epochs["epoch"] + 1)
-            validation = epochs["val_similarity"]
+            validation, colour = epochs["val_similarity"], f"C{number}"
             ax.plot(epochs["train_similarity"], "--", color=colour, linewidth=1.2)
-            ax.plot(validation, color=colour, label=label)
+            (drawn[name],) = ax.plot(validation, color=colour)
             ax.plot(validation.nlargest(1), "o", color=colour)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="mean cosine similarity")
-    _legend(ax, title="validation; training dashed, best epoch dotted")
+    _legend(ax, drawn, title="validation; training dashed, best epoch dotted")
     return ax
 
 
@@ -181,10 +166,10 @@ def plot_scores(rows, *, reference=None, of="cosine", label=ON_TEST, ax=None):
     above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
     for place, row in enumerate(rows):
         mean, reach = _bounds([row[of]])
-        ax.errorbar(mean, place, xerr=reach, fmt="o", color=COLOURS[0], linewidth=2)
+        ax.errorbar(mean, place, xerr=reach, fmt="o", color="C0", linewidth=2)
         ax.annotate(f"{mean[0]:.3f}", (mean[0], place), **above)
         if row["method"] in (reference or {}):
-            ax.plot(reference[row["method"]], place, "D", markerfacecolor="none", color=COLOURS[1])
+            ax.plot(reference[row["method"]], place, "D", markerfacecolor="none", color="C1")
     ax.set_yticks(range(len(rows)), [plain(row["method"]) for row in rows])
     ax.grid(visible=False, axis="y")
     most = max(row[of].get("trainings", 1) for row in rows)
@@ -210,14 +195,12 @@ def plot_recall(ranks, candidates, *, ax=None):
     """
     ax = _axes(ax)
     k = np.arange(1, candidates + 1)
-    for name, values in ranks.items():
-        ax.ecdf(values, label=name)
-    ax.plot(k, k / candidates, ":", color=GREY, label="chance")
+    drawn = {name: ax.ecdf(values) for name, values in ranks.items()}
+    (chance,) = ax.plot(k, k / candidates, ":", color=GREY)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(xscale="log", xlim=(1, candidates), xlabel=f"k (of {candidates:,} prompts)")
     ax.set(ylim=(0, 1), ylabel="true prompt among the k nearest")
-    _number(ax.figure)
-    _legend(ax)
+    _legend(ax, drawn | {"chance": chance})
     return ax
 
 
@@ -247,7 +230,7 @@ def plot_maps(table, value, *, x, y, by):
         seaborn.heatmap(grid, ax=ax, cbar=False, **look, **limits)
         if best[by] == name:
             corner = grid.columns.get_loc(best[x]), grid.index.get_loc(best[y])
-            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5))
+            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="C1", linewidth=2.5))
         ax.set_title(f"{by} = {name}")
     return figure
 
@@ -268,13 +251,13 @@ def plot_lines(lines, x, *, xlabel, ylabel, ax=None):
     Axes
     """
     ax = _axes(ax)
-    places = np.arange(len(x))
+    drawn, places = {}, np.arange(len(x))
     for number, (name, estimates) in enumerate(lines.items()):
         shift = 0.06 * (number - (len(lines) - 1) / 2)  # so that intervals do not hide each other
-        ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", ms=4, capsize=2, label=name)
+        drawn[name] = ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", ms=4, capsize=2)
     ax.set_xticks(places, map(plain, x))
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    _legend(ax)
+    _legend(ax, drawn)
     return ax
 
 
@@ -291,15 +274,15 @@ def plot_points(points, *, xlabel, ylabel, ax=None):
     -------
     Axes
     """
-    ax = _axes(ax)
+    ax, drawn = _axes(ax), {}
     for number, (name, (x, estimate)) in enumerate(points.items()):
-        marker = "os^"[number // len(COLOURS) % 3]
+        marker = "os^"[number // 7 % 3]  # another one after each round of the colours
         x = x if isinstance(x, dict) else dict.fromkeys(("mean", "low", "high"), x)
         (place, width), (mean, height) = _bounds([x]), _bounds([estimate])
-        ax.errorbar(place, mean, height, width, fmt=marker, capsize=3, label=name)
+        drawn[name] = ax.errorbar(place, mean, height, width, fmt=marker, capsize=3)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    _legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(ax, drawn, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 

@@ -246,7 +246,8 @@ def repeated_prompts(prompts, threshold, seed=0):
 
 def jaccard(one, other):
     """Return the Jaccard similarity of two collections of words, as sets."""
-    return len({*one} & {*other}) / len({*one} | {*other})
+    one, other = set(one), set(other)
+    return len(one & other) / len(one | other)
 
 
 def word_sets(texts, boilerplate):

@@ -25,6 +25,7 @@ MAX_PROMPT = 100_000  # characters
 _CHUNKS = {b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND"}
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_STEPS = [(re.compile(step).sub, instead) for step, instead in _TABLES["plain"]["steps"]]
 BOILERPLATE = {word: n for n in (1, 2) for word in _TABLES["boilerplate"][n - 1].split()}
 FIND = {name: re.compile(pattern) for name, pattern in _TABLES["patterns"].items()}
 
@@ -308,6 +309,6 @@ def plain(prompt):
     """
     signs = map(prompt.__contains__, _TABLES["plain"]["signs"])
     if FIND["dialect"].search(prompt) or prompt != prompt.strip(" ,") or any(signs):
-        for expression, instead in _TABLES["plain"]["steps"]:
-            prompt = re.sub(expression, instead, prompt)
+        for substitute, instead in _STEPS:
+            prompt = substitute(instead, prompt)
     return prompt

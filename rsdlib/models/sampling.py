@@ -2,7 +2,6 @@
 
 import copy
 import tomllib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -155,19 +154,18 @@ def sample_rows(pipe, pairs):
     rows = pairs.reindex(columns=["id", *told, "sampler", *_SIZE])
     sizes = rows[_SIZE].apply(pd.to_numeric, errors="coerce")
     rows[_SIZE] = sizes.fillna(0).clip(lower=0).astype(int)
-    images, unknown, causes = [], Counter(), (TypeError, ValueError, ArithmeticError)
+    rows["sampler"] = rows["sampler"].astype(str).str.removesuffix(".0").replace(_TABLES["codes"])
+    known = {"sampler": rows["sampler"].isin([*_TABLES["schedulers"]])}
+    known["size"] = (rows[_SIZE] > 0).all(axis=1)
+    for what, told in known.items():
+        if not told.all():
+            runtime.log(f"untold: {what} of {(~told).sum()} rows; the pipeline's own is taken")
+    images, causes = [], (TypeError, ValueError, ArithmeticError)
     for row in rows.to_dict("records"):
-        code = str(row["sampler"]).removesuffix(".0")
-        name, size = _TABLES["codes"].get(code, code), [row[side] or None for side in _SIZE]
-        unknown["sampler"] += name not in _TABLES["schedulers"]
-        unknown["size"] += None in size
         with refusing(causes, BadTableError, f"no image can be sampled as {row}: {{}}", "Drop it."):
-            how = int(row["step"]), float(row["cfg"]), *size
-            made = sample(_with_sampler(pipe, name), [row["prompt"]], [row["seed"]], *how)
-        images.append(made[0])
-    if any(unknown.values()):
-        counts = ", ".join(f"{what} of {count} rows" for what, count in unknown.items() if count)
-        runtime.log(f"the pipeline's own, as the table does not tell: {counts}")
+            how = int(row["step"]), float(row["cfg"]), row["height"], row["width"]
+            own = _with_sampler(pipe, row["sampler"])
+            images.append(sample(own, [row["prompt"]], [row["seed"]], *how)[0])
     return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 

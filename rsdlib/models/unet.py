@@ -4,11 +4,9 @@ The paper's white-box backbone (supplementary, section 8) and its U-Net swap (se
 """
 
 import copy
-import inspect
 import traceback
 import weakref
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
 
 import torch
@@ -133,9 +131,8 @@ class Latents(nn.Module):
 
     def __init__(self, vae):
         super().__init__()
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = vae
         self.register_buffer("scale", torch.tensor(float(vae.config.scaling_factor)))
-        self.eval()
 
     def forward(self, images):
         """Map uint8 images (b, 3, s, s) to scaled latents (b, c, s / f, s / f).
@@ -143,9 +140,8 @@ class Latents(nn.Module):
         They are the mean of their distribution. Large images are read in slices: the autoencoder's
         first layers hold 128 numbers a pixel.
         """
-        latents = []
-        for part in images.split(max(SLICE // images[0, 0].numel(), 1)):
-            latents.append(self.vae.encode((part.float() - 127.5) / 127.5).latent_dist.mode())
+        parts = images.split(max(SLICE // images[0, 0].numel(), 1))
+        latents = [self.vae.encode((p.float() - 127.5) / 127.5).latent_dist.mode() for p in parts]
         return torch.cat(latents) * self.scale
 
 
@@ -164,17 +160,13 @@ class CaptionedLatents(nn.Module):
 
     def __init__(self, latents, captioner, texts):
         super().__init__()
-        self.latents, self.texts = latents, texts
-        self.captioner = captioner.requires_grad_(False)
-        self.eval()
+        self.latents, self.captioner, self.texts = latents, captioner, texts
 
     def forward(self, images):
         """Map uint8 images (b, 3, s, s) to latents and tokens in one row each, see `split_rows`."""
         latents = self.latents(images).flatten(1)
-        size = self.captioner.image_size
-        if images.shape[-1] != size:
-            sizes = {"size": (size, size), "mode": "bicubic", "antialias": True}
-            images = F.interpolate(images.float(), **sizes).round().clamp(0, 255)
+        shape = {"size": (self.captioner.image_size,) * 2, "mode": "bicubic", "antialias": True}
+        images = F.interpolate(images.float(), **shape).round().clamp(0, 255)
         tokens = self.texts.tokens(self.captioner.caption(images, beams=1)).to(latents.device)
         return torch.cat([latents, tokens % PAGE, tokens // PAGE], dim=1)
 
@@ -202,8 +194,7 @@ class Texts(nn.Module):
         from transformers import CLIPTextModel, CLIPTokenizer
 
         super().__init__()
-        encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
-        self.encoder = encoder.float().eval().requires_grad_(False)
+        self.encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
     def tokens(self, prompts):
@@ -270,7 +261,7 @@ def _open_front(folder, captioner):
             front = CaptionedLatents(front, open_captioner(captioner), texts)
         front.empty = texts.states(texts.tokens([""]))[0]
         front.factor = 2 ** len(vae.config.down_block_types[1:])
-        _FRONTS[key] = front
+        _FRONTS[key] = front.eval().requires_grad_(False)
     return front
 
 
@@ -378,10 +369,9 @@ def into_unet(encoder, unet, blend=1.0, parts=("",)):
     for part in parts:
         if not any(name.startswith(part) for name in new):
             raise BadValueError(f"there is no part {part!r}", f"Parts: {encoder_parts(unet)}.")
-    for name, value in new.items():
-        if name.startswith(tuple(parts)):
-            own[name] = torch.lerp(own[name].to(value), value, blend)
-    unet.load_state_dict(own)
+    taken = {name: value for name, value in new.items() if name.startswith(tuple(parts))}
+    blended = {name: torch.lerp(own[name].to(new), new, blend) for name, new in taken.items()}
+    unet.load_state_dict(blended, strict=False)
 
 
 def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
@@ -442,51 +432,39 @@ class _Turns:
     own: nn.Module
     swapped: nn.Module
     start_step: float
-    timesteps: object = ()  # the scheduler's: other ones in each run
-    run: tuple = ()  # those of them that are evaluated in this one
-    place: int = -1  # which of these was the last
+    timesteps: object = None  # the scheduler's: other ones in each run
+    first: int = 0  # which of them this run began with: image-to-image leaves some out
 
     def __call__(self, sample, timestep, *args, **options):
         """Denoise as a U-Net does."""
-        step, steps = self._reach(float(torch.as_tensor(timestep).flatten()[0]))
-        early = step < switch_step(self.start_step, steps)
+        early = self._early(float(torch.as_tensor(timestep).flatten()[0]))
         unet = self.own if early else self.swapped
         half, shared = unet.conv_in.weight, unet.conv_out.weight  # the latter moves with either
         if (half.device, half.dtype) != (shared.device, shared.dtype):
             unet.to(shared)
-        forward = unet if early else partial(type(unet).forward, unet)
-        return forward(sample, timestep, *args, **options)
+        denoise = type(unet).__call__ if early else type(unet).forward
+        return denoise(unet, sample, timestep, *args, **options)
 
-    def _reach(self, timestep):
-        """Return the denoising step that a timestep belongs to, and how many this run has.
+    def _early(self, timestep):
+        """Tell whether the denoising step that a timestep belongs to comes before the swap.
 
         A step that needs several evaluations is one; so is a timestep that a sampler repeats.
         """
-        running = _running_pipeline()
-        count = getattr(running, "num_timesteps", None)  # image-to-image leaves the first ones out
-        scheduler = (running or self.pipe).scheduler
+        from diffusers import DiffusionPipeline
+
+        callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None))
+        running = next((one for one in callers if isinstance(one, DiffusionPipeline)), self.pipe)
+        scheduler = running.scheduler  # the U-Net may have been handed on to another pipeline
         order, timesteps = scheduler.order, scheduler.timesteps
         unknown = f"the swap cannot tell the step of timestep {timestep:g}: {{}}"
         fix = "Sample with the pipeline, or set the timesteps of its own scheduler."
         with refusing((ValueError, AttributeError), BadValueError, unknown, fix):
-            if timesteps is not self.timesteps:
-                whole = timesteps.tolist()
-                run = whole[-count:] if count else whole[whole.index(timestep) :]
-                self.run = run if order > 1 else list(dict.fromkeys(run))
-                self.timesteps, self.place = timesteps, -1
-            if timestep in self.run[self.place + 1 :]:
-                self.place = self.run.index(timestep, self.place + 1)
-            elif timestep != self.run[self.place]:
-                self.place = self.run.index(timestep)
-        return self.place // order, -(-len(self.run) // order)
-
-
-def _running_pipeline():
-    """Return the pipeline that is calling its U-Net: perhaps another than the one swapped in."""
-    from diffusers import DiffusionPipeline
-
-    callers = (f.f_locals.get("self") for f, _ in traceback.walk_stack(inspect.currentframe()))
-    return next((one for one in callers if isinstance(one, DiffusionPipeline)), None)
+            whole = timesteps.tolist() if order > 1 else list(dict.fromkeys(timesteps.tolist()))
+            place = (order > 1 and scheduler.step_index) or whole.index(timestep)
+        if timesteps is not self.timesteps:
+            self.timesteps, self.first = timesteps, place
+        steps = -((self.first - len(whole)) // order)  # rounded up
+        return (place - self.first) // order < switch_step(self.start_step, steps)
 
 
 def switch_step(start_step, steps):
