@@ -31,9 +31,7 @@ MAX_GROUP = 4 * 2**30  # bytes of a row group, unpacked: as much is in memory
 # backslash, NUL, or climbing.
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|//|(^|/)\.{1,2}(/|$)")
 # What systems leave in folders and archives: hidden files, previews, waste bins.
-_CLUTTER = re.compile(
-    r"(?i)(^|/)(\.|__MACOSX/|@eaDir/|[#$]recycle(\.bin)?/|thumbs\.db$|desktop\.ini$)"
-)
+_CLUTTER = re.compile(r"(?i)(^|/)(\.|__MACOSX/|@eaDir/|.recycle(.bin)?/|thumbs\.db$|desktop\.ini$)")
 # What libraries raise on broken data.
 BROKEN = (
     OSError,
