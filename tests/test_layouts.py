@@ -318,6 +318,16 @@ def test_a_line_of_json_that_is_no_object_is_named(source):
         assert pairs["prompt"].tolist() == ["a\u2028cat"]
 
 
+@pytest.mark.parametrize(
+    "text", ["{long},seed\na cat,1\n", "file_name,prompt\n{long},a cat\n"], ids=["column", "name"]
+)
+def test_messages_stay_short_whatever_a_table_holds(source, text):
+    put(source / "metadata.csv", text.format(long="x" * 50_000))
+    with pytest.raises(BadTableError, match=r"metadata\.csv") as error:
+        data.load_pairs(source)
+    assert len(str(error.value)) < 2000
+
+
 # --- DiffusionDB as it is published ---------------------------------------------------------------
 
 

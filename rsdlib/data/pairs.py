@@ -322,9 +322,13 @@ def _hold(path, told, where, unlisted, faults):
 def _read_json(part, name):
     """Return the JSON object in a member."""
     with _reading(f"{name} of {part.where}"):
-        value = json.loads(part.read(name), object_pairs_hook=_json_object)
-        if not isinstance(value, dict):
-            raise ValueError("it is no object")
+        return _parse_json(part.read(name))
+
+
+def _parse_json(text):
+    value = json.loads(text, object_pairs_hook=_json_object)
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
     return value
 
 
@@ -428,46 +432,49 @@ def _reading(where):
 
 
 def _read_table(path, faults, columns=None, filters=None):
-    where = files.relative(path)
+    """Read a table; in CSV every word stays one, also None, null and NA."""
+    where, header = files.relative(path), None
     with _reading(where), path.open("rb") as stream:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(stream, columns=columns, filters=filters)
             return frame.reset_index(drop=frame.index.names == [None])
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        lines = io.StringIO(stream.read().decode("utf-8-sig"), newline="")
+        parse = _parse_line
         if path.suffix == ".csv":
-            return _read_csv(text, where, faults)
-        rows = []
-        for number, line in enumerate(text.read().split("\n"), 1):
-            try:
-                row = json.loads(line, object_pairs_hook=_json_object) if line.strip() else None
-                if not isinstance(row, dict | None):
-                    raise ValueError("it is no JSON object")
-                rows += [row] if row is not None else []
-            except (ValueError, RecursionError) as error:
-                faults.add(f"line {number}", where, f"it cannot be read ({error})")
-        return pd.DataFrame(rows)
+            lines = csv.reader(lines, strict=True)
+            header = [name.strip() for name in next(lines, [])]
+            parse = functools.partial(_counted, len(header))
+            if len(header) < 2 and not {*header} & {*_PROMPT}:
+                raise ValueError("its fields are not separated by commas")
+        rows = _parsed(lines, parse, where, faults)
+        return pd.DataFrame(rows, columns=header, dtype=str if header else None)
 
 
-def _read_csv(text, where, faults):
-    """Read a table whose lines have as many fields as the first; None, null and NA stay words."""
-    reader = csv.reader(text, strict=True)
-    header, rows = [name.strip() for name in next(reader, [])], []
-    if len(header) < 2 and not {*header, ""} & {*_PROMPT}:
-        raise ValueError("its fields are not separated by commas")
-    while reader:
-        first, fields, reason = reader.line_num + 1, [], ""
+def _parsed(lines, parse, where, faults):
+    """Yield what lines hold that are not blank; those that cannot be read are faults."""
+    parsed, last = map(parse, lines), getattr(lines, "line_num", 0)
+    while True:
         try:
-            fields = next(reader)
-            if any(fields) and len(fields) != len(header):
-                reason = f"it has {len(fields)} fields, the first line has {len(header)}"
-        except StopIteration:
-            break
-        except csv.Error as error:
-            reason = f"it cannot be read ({error})"
-        for number in range(first, reader.line_num + 1) if reason else ():
-            faults.add(f"line {number}", where, reason)
-        rows += [fields] if any(fields) and not reason else []
-    return pd.DataFrame(rows, columns=header, dtype=str)
+            for row in parsed:
+                last = getattr(lines, "line_num", last + 1)
+                if row is not None:
+                    yield row
+            return
+        except (ValueError, RecursionError, csv.Error) as error:
+            first, last = last + 1, getattr(lines, "line_num", last + 1)
+            for number in range(first, last + 1):
+                faults.add(f"line {number}", where, f"it cannot be read ({error})")
+
+
+def _parse_line(line):
+    return _parse_json(line) if line.strip() else None
+
+
+def _counted(count, fields):
+    """Return the fields of a line, which are as many as the first line's; None of a blank one."""
+    if any(fields) and len(fields) != count:
+        raise ValueError(f"it has {len(fields)} fields, the first line has {count}")
+    return fields if any(fields) else None
 
 
 def _checked(frame, where, wanted, faults):

@@ -33,17 +33,9 @@ _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|//|(^|/)\.{1,2}(/|$)")
 # What systems leave in folders and archives: hidden files, previews, waste bins.
 _CLUTTER = re.compile(r"(?i)(^|/)(\.|__MACOSX/|@eaDir/|.recycle(.bin)?/|thumbs\.db$|desktop\.ini$)")
 # What libraries raise on broken data.
-BROKEN = (
-    OSError,
-    EOFError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-BROKEN += (pyarrow.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+BROKEN = (OSError, EOFError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError)
+BROKEN += (struct.error, zlib.error, tarfile.TarError, zipfile.BadZipFile)
+BROKEN += (pyarrow.ArrowException,)
 
 
 def is_clutter(name):
