@@ -309,8 +309,8 @@ def _hold(path, told, where, unlisted, faults):
     for name in sorted((prompts.keys() | listed.keys()) - inside.keys()):
         faults.add(name, part.where, "the image is listed but not in it", BadArchiveError)
     for name in sorted(prompts.keys() & listed.keys()):
-        prompt = None if pd.isna(prompts[name]) else prompts[name]
-        if listed[name].get("p") != prompt:
+        own_prompt, prompt = listed[name].get("p"), prompts[name]
+        if own_prompt != prompt and not (own_prompt is None and pd.isna(prompt)):
             faults.add(name, part.where, f"its prompt is another than in {where}: {prompt!r}")
     unlisted.append(len(inside.keys() - prompts.keys() - {own}))
     if faults:
@@ -506,6 +506,8 @@ def _unfit(values, column):
     """Tell which values are not of the type that a column must have."""
     if column in _NUMBERS:
         return pd.to_numeric(values, errors="coerce").isna() & values.notna() & (values != "")
+    if isinstance(values.dtype, pd.StringDtype):
+        return values.isna() & (column != "prompt")
     texts = values.map(lambda value: isinstance(value, str)).astype(bool)
     return ~texts & (values.notna() | (column != "prompt"))
 
