@@ -12,6 +12,7 @@ import argparse
 import functools
 import gzip
 import importlib.util
+import itertools
 import re
 import resource
 import statistics
@@ -23,6 +24,9 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import data, weights
+from rsdlib.data.prompts_in_images import BOILERPLATE
+
+cleaning = importlib.import_module("rsdlib.data.clean")  # its function has the door's name
 
 find_words = re.compile(r"\w+").findall
 
@@ -79,21 +83,27 @@ def make_prompts(n, rng, copies=0.15, near=0.25):
 
 
 def token_sets(texts):
-    """Return the token sets on which near-duplicates are defined."""
-    return [frozenset(find_words(text) or [text]) for text in map(data.normalise, texts)]
+    """Return what near-duplicates are defined on: words that say something, and all, as sets."""
+    pairs = []
+    for boilerplate in (BOILERPLATE, {}):
+        _, numbers, starts = cleaning.word_sets(map(cleaning.wording, texts), boilerplate)
+        edges = itertools.pairwise(starts.tolist())
+        pairs.append([frozenset(numbers[start:end].tolist()) for start, end in edges])
+    return list(zip(*pairs, strict=True))
 
 
 def exact_join(sets, threshold, drop=None):
     """Find greedy keep-first near-duplicates exactly, by prefix filtering; or check a result.
 
     Two sets of Jaccard similarity >= t share one of the |x| - ceil(t |x|) + 1 rarest tokens of
-    each. With `drop`, somebody's result is checked instead.
+    each. `sets` are pairs from `token_sets`. With `drop`, somebody's result is checked instead.
 
     Returns
     -------
     ndarray of bool, (n,)
         The rows to drop; with `drop`, those of its rows that no earlier row kept by it justifies.
     """
+    sets, wholes = zip(*sets, strict=True)
     count = defaultdict(int)
     for tokens in sets:
         for token in tokens:
@@ -109,7 +119,9 @@ def exact_join(sets, threshold, drop=None):
                 m = len(sets[j])
                 if min(m, n) >= threshold * max(m, n) - 1e-9:
                     common = len(tokens & sets[j])
-                    if common / (m + n - common) >= threshold:
+                    same = tokens == sets[j] and threshold < 1
+                    enough = common / (m + n - common) >= threshold
+                    if enough and (same or cleaning.jaccard(wholes[i], wholes[j]) >= threshold):
                         found[i] = True
                         break
         if not (found if drop is None else drop)[i]:

@@ -134,11 +134,16 @@ def _default_output(path, values):
 def _execute(path, output, values, timeout):
     """Run papermill; every way it can fail becomes a `NotebookError` with its exit code."""
     import papermill
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client import AsyncKernelManager, kernelspec
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    class Ours(AsyncKernelManager):  # in this interpreter, whatever is installed as python3
+        kernel_spec = kernelspec.KernelSpec(**get_kernel_dict())
+
     how = {"kernel_name": "python3", "progress_bar": False, "stdout_file": sys.stdout}
-    how |= {"execution_timeout": timeout, "coalesce_streams": True}
+    how |= {"execution_timeout": timeout, "coalesce_streams": True, "kernel_manager_class": Ours}
     name = path.stem
     try:
         return papermill.execute_notebook(str(path), str(output), parameters=values, **how)
@@ -228,8 +233,11 @@ def predict(
     run: str | None = None,
     profile: AnySize | None = None,
     bank: str | None = None,
+    rank: str | None = None,
+    without: str = "",
     captions: bool = False,
-    format: Literal["text", "json", "csv"] = "text",
+    format: Literal["text", "json", "csv", "kaggle"] = "text",
+    sidecar: bool = False,
     device: str = "auto",
     on_bad: Literal["error", "skip"] = "error",
 ):
@@ -240,63 +248,72 @@ def predict(
         run: a run folder; default: the best on validation.
         profile: where to look for it; default: desk, which knows real pictures, before mini.
         bank: prompts to find the nearest among: a text file, a table, or DiffusionDB's folder.
+        rank: prompts of your own, in place of bank: all are ranked for each image (CSV has the
+            first).
+        without: words that are not to be said, between commas or one a line of a file: prompts
+            lose all that stands between the same commas. artists: what begins with "by ...",
+            "art by ..." or "in the style of ...".
         captions: let the best captioner describe the images too.
-        format: text to read, JSON with the embeddings, or CSV without them.
+        format: text to read, JSON with the embeddings, CSV without them, or the submission to
+            Kaggle's Stable Diffusion - Image to Prompts.
+        sidecar: write the caption, or else the nearest prompt, into picture.txt beside
+            picture.png where there is none.
         device: auto, cpu or cuda.
         on_bad: files that are no readable image: stop, or leave them out and say so.
     """
     if not images:
         raise ConfigError("no image was given", "For example: rsd predict picture.png")
-    from rsdlib.data import find_images
-
-    paths = [path for image in images for path in find_images(image)]
-    from rsdlib.predict import Predictor, best_run  # slow: what can be refused was refused
+    from rsdlib.data import find_images, load_prompts
 
     with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to the standard output
+        paths = [path for image in images for path in find_images(image)]
+        from rsdlib.predict import Predictor, best_run  # slow: what can be refused was refused
+
         folder = run or best_run(profile)
         captioner = best_run(profile, captions=True) if captions else None
-        predictor = Predictor.load(folder, device, captioner, bank=bank)
-        if on_bad == "skip":
-            paths = [path for path in paths if _readable(path)]
-        prediction = predictor.predict(paths)
-        if prediction.in_domain is not None and not prediction.in_domain.all():
-            print(f"{(~prediction.in_domain).sum()} of {len(paths)} pictures {UNLIKE}")
-    if format == "csv":
-        print(prediction.table(paths).to_csv(index=False), end="")
+        predictor = Predictor.load(folder, device, captioner, bank=rank or bank)
+        paths = [path for path in paths if on_bad == "error" or _readable(path)]
+        unsaid = load_prompts(without) if os.path.isfile(without) else without.split(",")
+        prediction = predictor.predict(paths, n_prompts=None if rank else 5, without=unsaid)
+        records = prediction.records(paths)
+        if strange := sum(not record.get("in_domain", True) for record in records):
+            print(f"{strange} of {len(paths)} pictures {UNLIKE}")
+        for path, record in zip(paths, records, strict=True) if sidecar else ():
+            said = record.get("caption") or next(iter(dict(record["prompts"])), "")
+            if said and not path.with_suffix(".txt").exists():
+                files.write_text(path.with_suffix(".txt"), said)
+    if format == "text":
+        print(f"model: {files.relative(folder)}", *map(_as_text, records), sep="\n")
     elif format == "json":
-        print(json.dumps(prediction.records(paths)))
-    else:
-        print(f"model: {files.relative(folder)}")
-        for record in prediction.records(paths):
-            _print_record(record)
+        print(json.dumps(records))
+    else:  # what goes into a file is UTF-8, whatever the console
+        table = prediction.submission(paths) if format == "kaggle" else prediction.table(paths)
+        table.to_csv(getattr(sys.stdout, "buffer", sys.stdout), index=False)
 
 
 UNLIKE = "are unlike all that this model was trained on: do not trust what it reads in them. "
 UNLIKE += "Train on your kind of pictures: rsd run 01_train_vit -p profile desk -p source FOLDER"
 
 
-def _print_record(record):
-    print(f"\n{record['image']}")
+def _as_text(record):
+    facts = {"WARNING": "", "stored": record["stored_prompt"], "caption": record.get("caption")}
     if not record.get("in_domain", True):
-        print(f"  WARNING  unlike its training pictures: {record['distance']:.1f} times the limit")
-    if "caption" in record:
-        print(f"  caption  {record['caption']}")
-    if record["words"]:
-        words = ", ".join(f"{word} {probability:.2f}" for word, probability in record["words"])
-        print(f"  words    {words}")
-    for prompt, similarity in record["prompts"]:
-        print(f"  {similarity:.3f}    {prompt}")
+        facts["WARNING"] = f"unlike its training pictures: {record['distance']:.1f} times the limit"
+    if record["stored_cosine"] is not None:
+        facts["stored"] = f"{record['stored_cosine']:.3f}  {record['stored_prompt']}"
+    facts["words"] = ", ".join(f"{word} {share:.2f}" for word, share in record["words"])
+    lines = [f"  {name:<9}{fact}" for name, fact in facts.items() if fact]
+    lines += [f"  {similarity:.3f}    {prompt}" for prompt, similarity in record["prompts"]]
+    return "\n".join(["", record["image"], *lines])
 
 
 def _readable(path):
     from rsdlib.data import open_image
 
     try:
-        open_image(path)
+        return open_image(path)
     except errors.BadImageError as error:
         print(f"left out: {error.id}: {error.reason}")
-        return False
-    return True
 
 
 def extract(
@@ -330,15 +347,15 @@ def extract(
 
     if not 0 <= rank < of:
         raise ConfigError(f"rank = {rank} of {of} is no share", f"Count from 0 to {of - 1}.")
-    chosen = config.profile(profile, source)
+    chosen = config.profile(profile, source, on_bad="skip")
     backbones = backbones or (*chosen.readers, "blip")
-    parts = data.find_parts(chosen.data.source)[rank::of]
+    parts = data.find_parts(chosen.data.source, chosen.data.on_bad)[rank::of]
     with data.executor(processes, dask) as pool:
         fronts, images, bad = experiment.extract(chosen, backbones, parts, pool, device)
     runtime.log(f"{len(parts)} parts, {images:,} images, {bad:,} bad: ready for {len(fronts)} uses")
     if local:
         os.environ["RSD_LOCAL"] = local
-        experiment.prepare(chosen.data).stores(fronts, "skip", device)
+        experiment.prepare(chosen.data).stores(fronts, device)
 
 
 def train(folder: str, /):
@@ -360,37 +377,52 @@ def train(folder: str, /):
 
 
 def data(
-    what: Literal["fetch", "check"],
-    dataset: Literal["diffusiondb", "stores"] = "diffusiondb",
+    what: Literal["fetch", "check", "prompts"],
+    dataset: str = "diffusiondb",
     /,
     parts: str = "1",
     large: bool = False,
     prompts_only: bool = False,
     folder: str | None = None,
+    write: bool = False,
 ):
-    """Fetch DiffusionDB from the model hub, or check it: rsd data fetch diffusiondb --parts 5.
+    """Fetch DiffusionDB from the model hub, check it, or read prompts out of pictures.
+
+    For example: rsd data fetch diffusiondb --parts 5; rsd data prompts my/pictures.
 
     Args:
-        what: fetch what is not here yet, or check every byte of what is.
-        dataset: diffusiondb; or stores, what was made of images, to be checked.
+        what: fetch what is not here yet, check every byte of what is, or count prompts.
+        dataset: diffusiondb; or stores, what was made of images, to be checked; or the folder
+            of pictures.
         parts: how many parts of 1,000 images, from the first on, or a range such as 10-14.
         large: DiffusionDB Large (14 million images, WebP) instead of 2M (PNG).
         prompts_only: the table alone.
         folder: where it lies; default: data/diffusiondb, or data/diffusiondb-large.
+        write: put prompts that were found in pictures into .txt files beside them.
     """
     from rsdlib import data
 
+    if what == "prompts":
+        prompts = data.find_prompts(dataset)
+        print(prompts.value_counts(["writer", "reason"]).to_string())
+        if write:
+            data.write_sidecars(prompts)
+        return
+    if dataset not in ("diffusiondb", "stores"):
+        raise ConfigError(f"dataset = {dataset!r} is unknown", "Use diffusiondb or stores.")
+    place = folder or f"data/diffusiondb{'-large' if large else ''}"
     if dataset == "stores":
         right, damaged = data.check_shards(folder)
         runtime.log(f"right: {right} files; damaged and deleted, to be made again: {damaged}")
-        return
-    folder = folder or f"data/diffusiondb{'-large' if large else ''}"
-    if what == "fetch":
+    elif what == "fetch":
         chosen = () if prompts_only else data.part_range(parts, large=large)
-        data.fetch_diffusiondb(folder, chosen, large=large)
+        data.fetch_diffusiondb(place, chosen, large=large)
     else:
-        checked, unknown = data.check_diffusiondb(folder)
+        checked, unknown = data.check_diffusiondb(place)
         runtime.log(f"right: {checked} files; no checksum known: {unknown}")
+
+
+_MODEL = "{:<52} {:<56} {:<12} {:<24} {:>8} {}".format
 
 
 def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (), /):
@@ -406,7 +438,11 @@ def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (),
         raise ConfigError("no model was named", f"Known: {sorted(weights.MODELS)}.")
     here = {name: weights.whereabouts(name) for name in names or weights.MODELS}
     if what != "check":
-        _print_models(here, weights.MODELS)
+        print(_MODEL("name", "hub or package", "revision", "licence", "size", "here"))
+        for name, (where, _) in here.items():
+            spec = weights.MODELS[name]
+            revision, size = (spec.revision or "-")[:12], f"{spec.size / 1e9:.2f} GB"
+            print(_MODEL(name, spec.hub or spec.package, revision, spec.licence, size, where))
     if what == "list":
         return
     for name in names or [name for name, (_, folder) in here.items() if folder]:
@@ -414,17 +450,6 @@ def models(what: Literal["list", "fetch", "check"], names: tuple[str, ...] = (),
             weights.locate(name, check=False)
         right, unknown = weights.verify(name)
         runtime.log(f"{name}: right: {right} files; no checksum known: {unknown}")
-
-
-_MODEL = "{:<52} {:<56} {:<12} {:<24} {:>8} {}".format
-
-
-def _print_models(here, specs):
-    print(_MODEL("name", "hub or package", "revision", "licence", "size", "here"))
-    for name, (where, _) in here.items():
-        spec = specs[name]
-        size, revision = f"{spec.size / 1e9:.2f} GB", (spec.revision or "-")[:12]
-        print(_MODEL(name, spec.hub or spec.package, revision, spec.licence, size, where))
 
 
 def main(arguments=None):
@@ -436,6 +461,8 @@ def main(arguments=None):
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
     commands |= {"extract": extract, "train": train, "data": data, "models": models}
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
+    with contextlib.suppress(AttributeError):  # a notebook's has no encoding of its own
+        sys.stdout.reconfigure(errors="backslashreplace")  # as the standard error's always
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)
     except RsdError as error:

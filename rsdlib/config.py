@@ -3,7 +3,6 @@
 Nothing outside this file asks for a profile's name.
 """
 
-import dataclasses
 import difflib
 import functools
 import tomllib
@@ -14,8 +13,8 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_core import to_jsonable_python
+from pydantic import AfterValidator, Field, NonNegativeFloat
+from pydantic_core import to_json, to_jsonable_python
 
 from rsdlib.errors import ConfigError
 
@@ -59,6 +58,11 @@ def as_dict(values):
     return to_jsonable_python(values, fallback=dict)
 
 
+def from_dict(kind, values):
+    """Return settings of some kind from what `as_dict` made of them."""
+    return pydantic.TypeAdapter(kind).validate_json(to_json(values))
+
+
 def _frozen(value):
     """Return mappings and lists as what cannot be changed in place, at any depth."""
     if isinstance(value, Mapping):
@@ -66,15 +70,9 @@ def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _nested(kind):
-    """Return the type of a setting that holds settings; a dict of these will do."""
-    return Annotated[kind, BeforeValidator(lambda v: kind(**v) if isinstance(v, Mapping) else v)]
-
-
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, le=0.5)]
 Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
 Names = Annotated[tuple | list, AfterValidator(_frozen)]
 Table = Annotated[Mapping, AfterValidator(_frozen)]
 
@@ -91,6 +89,7 @@ class CleanConfig:
     english_only: bool = True
     images_per_prompt: Positive = 1  # further images of the same normalised prompt are dropped
     near_duplicate: Annotated[float, Field(ge=0.5, le=1)] | None = 0.8  # Jaccard; None keeps all
+    plain: bool = False  # take tags, weights and brackets out of the prompts: `rsdlib.data.plain`
 
 
 @settings
@@ -99,12 +98,13 @@ class DataConfig:
 
     # Folder in DiffusionDB's layout, or with metadata.csv / metadata.jsonl; several as in PATH.
     source: str
-    clean: _nested(CleanConfig) = CleanConfig()
+    clean: CleanConfig = CleanConfig()
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.04
     turn: Share = 0.0  # another split of the same size: by test_fraction, and nothing is shared
     vocabulary_size: Positive = 1000  # m, the paper's section 7
     limit: Positive | None = None  # read only this many pairs
+    on_bad: Literal["error", "skip"] = "error"  # what is damaged or missing: stop, or leave it out
 
 
 @settings
@@ -127,8 +127,8 @@ class HeadConfig:
     """The paper's Fig. 3 and the joint objective L = L_cos + weight * L_cls."""
 
     head: Literal["sequential", "separate", "concat"] = "sequential"
-    weight: NotNegative = 0.1  # the paper's lambda; 0 trains without the vocabulary head
-    huber: NotNegative = 0.0  # weight of the authors' optional Huber term on the embeddings
+    weight: NonNegativeFloat = 0.1  # the paper's lambda; 0 trains without the vocabulary head
+    huber: NonNegativeFloat = 0.0  # weight of the authors' optional Huber term on the embeddings
     probe: bool = False  # start the embedding head at the ridge regression on the features
     # What that head reads, where the encoder has named classes; see `rsdlib.models.Speech`.
     reads: Literal["features", "spoken", "both"] = "features"
@@ -160,7 +160,7 @@ class TrainConfig:
     lr: Share = 1e-4
     lr_min: Share = 1e-6
     warmup: Annotated[float, Field(ge=0, le=0.9)] = 0.0  # share of steps with a rising rate
-    weight_decay: NotNegative = 0.0  # 0 makes AdamW the paper's Adam
+    weight_decay: NonNegativeFloat = 0.0  # 0 makes AdamW the paper's Adam
     clip: float | None = 1.0  # largest norm of the gradient. Differs from the paper: none there
     precision: str = "auto"  # "auto", "fp32" or "bf16"
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
@@ -186,11 +186,11 @@ class Profile:
     """One size of the whole project."""
 
     name: str
-    data: _nested(DataConfig)
-    backbones: Annotated[Mapping[str, _nested(BackboneConfig)], AfterValidator(_frozen)]
-    train: _nested(TrainConfig)
+    data: DataConfig
+    backbones: Annotated[Mapping[str, BackboneConfig], AfterValidator(_frozen)]
+    train: TrainConfig
     train_overrides: Table = field(default_factory=dict)  # backbone -> what it trains with instead
-    head: _nested(HeadConfig) = HeadConfig()
+    head: HeadConfig = HeadConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     clusters: Names = (1000, 5000, 10_000)  # numbers r of centroids that DAKL is tried with
     generator: str = ""  # the diffusion model that made the data; empty: unknown
@@ -230,7 +230,8 @@ class Profile:
 
 
 _TABLES = tomllib.loads((Path(__file__).parent / "profiles.toml").read_text(encoding="utf-8"))
-PROFILES = MappingProxyType({name: Profile(name, **table) for name, table in _TABLES.items()})
+_READ = {name: from_dict(Profile, {"name": name, **table}) for name, table in _TABLES.items()}
+PROFILES = MappingProxyType(_READ)
 
 
 def profile(name, source=None, **changes):
@@ -253,7 +254,7 @@ def profile(name, source=None, **changes):
         raise ConfigError(f"profile {name!r} is unknown", did_you_mean(name, PROFILES))
     chosen = PROFILES[name]
     changes = {setting: value for setting, value in changes.items() if value is not None}
-    rules = {field.name for field in dataclasses.fields(CleanConfig)} & changes.keys()
+    rules = CleanConfig.__annotations__.keys() & changes.keys()
     clean = replace(chosen.data.clean, **{rule: changes.pop(rule) for rule in rules})
     data = replace(chosen.data, clean=clean, **changes)
     if source:  # who made other data is not known

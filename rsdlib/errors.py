@@ -3,6 +3,13 @@
 import contextlib
 import errno
 
+_LONGEST = 900  # characters of what an error says, and of what to do
+
+
+def _cut(text):
+    """Return a text without its middle if it is long, as the names in a hostile file may be."""
+    return text if len(text) <= _LONGEST else f"{text[:700]} ... {text[-190:]}"
+
 
 class RsdError(Exception):
     """Base of every error that `rsdlib` raises on purpose.
@@ -21,7 +28,9 @@ class RsdError(Exception):
 
     def __init__(self, message, fix=None, exit_code=None):
         self.fix, self.exit_code = fix or self.fix, exit_code or self.exit_code
-        super().__init__(f"{message}. {self.fix}" if self.fix else message)
+        self.reason = message
+        texts = [_cut(str(text)) for text in (message, self.fix) if text]
+        super().__init__(". ".join(texts))
 
 
 class ConfigError(RsdError):

@@ -8,7 +8,6 @@ be looked at and changed, and `Trial.run` hands them to `rsdlib.training.fit`.
 import copy
 import functools
 import inspect
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -16,18 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pydantic
+import torch
 
 from rsdlib import analysis, data, ensemble, errors, files, models, runtime, training
 from rsdlib import config as configs
-from rsdlib.config import as_dict, replace
+from rsdlib.config import as_dict, from_dict, replace
 
 SPLITS = ("train", "val", "test")
 
 # --- prepare --------------------------------------------------------------------------------------
 
 UNSTORED = 512  # pixels a side from which images are not stored: 0.8 MB each
-_RULES = "3"  # part of the key of prepared data: change it with what the rules of `data` do
+_RULES = "4"  # part of the key of prepared data: change it with what the rules of `data` do
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class Prepared:
     targets : ndarray (n, 384), float32, memory-mapped
     labels : ndarray (n, ceil(m / 8)), uint8, memory-mapped
         Packed, see `rsdlib.data.pack`.
+    unread : DataFrame
+        What was left out when the source was read, see `bad`.
     """
 
     key: str
@@ -56,7 +57,14 @@ class Prepared:
     vocabulary: data.Vocabulary
     targets: np.ndarray
     labels: np.ndarray
+    unread: pd.DataFrame
     _stores: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def bad(self):
+        """What is left out, as ``config.on_bad`` allows: of the source, of the stores so far."""
+        stores = [store.bad for store in self._stores.values()]
+        return pd.concat([self.unread, *stores], ignore_index=True).drop_duplicates()
 
     def rows(self, split, store=None):
         """Return the rows of a split; with a store, those of them that it has."""
@@ -72,22 +80,22 @@ class Prepared:
             table.append((split, inside.sum(), len(mine), len(mine & others)))
         return pd.DataFrame(table, columns=["split", "pairs", "prompts", "shared"])
 
-    def images(self, size, on_bad="error"):
+    def images(self, size):
         """Return the images of all pairs, decoded once; large ones whenever they are looked at."""
         if size >= UNSTORED:
             return data.Unstored(self.pairs, size)
-        return self.stores([data.pixels(size)], on_bad)[0]
+        return self.stores([data.pixels(size)])[0]
 
-    def store(self, encoder, on_bad="error", device="auto"):
+    def store(self, encoder, device="auto"):
         """Return what an encoder reads: images, or what its frozen front makes of them."""
         fronts = _fronts(encoder)
-        return self.stores(fronts, on_bad, device)[0] if fronts else self.images(encoder.image_size)
+        return self.stores(fronts, device)[0] if fronts else self.images(encoder.image_size)
 
-    def stores(self, fronts, on_bad="error", device="auto"):
+    def stores(self, fronts, device="auto"):
         """Return the stores of some fronts, made in one pass, checked once a session."""
-        keys = [(front.key, on_bad) for front in fronts]
+        keys = [front.key for front in fronts]
         if not self._stores.keys() >= set(keys):
-            made = data.extract(self.pairs, fronts, on_bad=on_bad, device=device)
+            made = data.extract(self.pairs, fronts, on_bad=self.config.on_bad, device=device)
             if os.environ.get("RSD_LOCAL"):  # a folder on a fast disk
                 made = [store.copied(os.environ["RSD_LOCAL"]) for store in made]
             self._stores.update(zip(keys, made, strict=True))
@@ -168,16 +176,17 @@ def prepare(config):
     BadTableError
         Too few pairs are left to train on and to judge by; see also `rsdlib.data.load_pairs`.
     """
-    pairs = data.load_pairs(config.source, limit=config.limit)
-    ruled = [name for name in ("id", "prompt", "image_nsfw", "prompt_nsfw") if name in pairs]
+    pairs = data.load_pairs(config.source, limit=config.limit, on_bad=config.on_bad)
+    unread = pd.DataFrame(pairs.attrs.pop("bad"), columns=data.NONE_BAD.columns)
+    ruled = pairs.columns.intersection(["id", "prompt", "image_nsfw", "prompt_nsfw", "reason"])
     fingerprint = pd.util.hash_pandas_object(pairs[ruled].astype(str), index=False).tolist()
-    settings = {name: value for name, value in as_dict(config).items() if name != "source"}
+    settings = {k: v for k, v in as_dict(config).items() if k not in ("source", "on_bad")}
     key = files.digest([settings, _RULES, fingerprint])
     folder = files.cache_dir() / "prepared" / key
     if not (folder / "vocabulary.json").exists():  # the last file of this step
         _prepare(config, pairs, folder)
-    metadata = pairs.drop(columns=["prompt", "key", "split"], errors="ignore")  # ours are others
     kept = pd.read_parquet(folder / "pairs.parquet")
+    metadata = pairs.drop(columns=[*kept.columns.drop("id")], errors="ignore")  # ours are others
     kept = kept.merge(metadata, on="id", how="left", validate="1:1")
     vocabulary = data.Vocabulary.load(folder / "vocabulary.json")
     prompts = kept["prompt"]
@@ -185,7 +194,7 @@ def prepare(config):
     targets = files.cached_rows(folder / "targets.npy", embed)
     labels = files.cached_rows(folder / "labels.npy", lambda: data.pack(vocabulary.encode(prompts)))
     report = pd.read_parquet(folder / "report.parquet")
-    return Prepared(key, config, kept, report, vocabulary, targets, labels)
+    return Prepared(key, config, kept, report, vocabulary, targets, labels, unread)
 
 
 def _prepare(config, pairs, folder):
@@ -202,7 +211,8 @@ def _prepare(config, pairs, folder):
             message = f"the {split} split of {config.source} has {of}, too few to judge by"
             raise errors.BadTableError(message, "Add data.")
     train = kept.loc[kept["split"] == "train", "prompt"]
-    files.write_parquet(folder / "pairs.parquet", kept[["id", "prompt", "key", "split"]])
+    own = kept.columns.intersection(["id", "prompt", "key", "split", "raw_prompt"])
+    files.write_parquet(folder / "pairs.parquet", kept[own])
     files.write_parquet(folder / "report.parquet", report)
     data.Vocabulary.fit(train, config.vocabulary_size).save(folder / "vocabulary.json")
 
@@ -243,8 +253,6 @@ class Recipe:
         `encoder` is what was handed to `plan`; without `load` the trained weights are to follow,
         and pretrained ones need not be here. `speech` is opened where it is not handed in.
         """
-        import torch
-
         if self.backbone.library == "own" and encoder is None:
             message = f"the encoder {self.backbone.model!r} of this run is not one of ours"
             raise errors.CheckpointError(message, "Hand it in again: encoder=...")
@@ -267,12 +275,7 @@ class Recipe:
     @classmethod
     def load(cls, folder):
         """Read the recipe of a run folder."""
-        return _read(cls, training.runs.made_from(folder)["recipe"])
-
-
-def _read(kind, values):
-    """Return settings of some kind from what `as_dict` made of them."""
-    return pydantic.TypeAdapter(kind).validate_json(json.dumps(values))
+        return from_dict(cls, training.runs.made_from(folder)["recipe"])
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,6 @@ class Trial:
     folder : Path
         ``runs/<profile>/<name>-<key>``.
     prepared : Prepared
-    on_bad : {"error", "skip"}
     """
 
     model: object
@@ -305,17 +307,11 @@ class Trial:
     recipe: Recipe
     folder: Path
     prepared: Prepared
-    on_bad: str
-
-    @property
-    def name(self):
-        """What it is called in figures and in its folder's name."""
-        return self.folder.name.rpartition("-")[0]
 
     def run(self):
         """Train, or find the run done; return its folder."""
         steps = f"{len(self.pairs.train)} training pairs, {self.config.epochs} epochs"
-        runtime.log(f"{self.name}: {steps} -> {files.relative(self.folder)}")
+        runtime.log(f"{files.relative(self.folder)}: {steps}")
         if not (training.is_finished(self.folder) or training.is_one_of_many()):
             processes = self.config.processes or max(runtime.gpus(), 1)
             if processes > 1:
@@ -324,22 +320,21 @@ class Trial:
         how = {"objective": self.objective, "stages": self.stages, "callbacks": self.callbacks}
         how["recipe"] = as_dict(self.recipe)
         training.fit(self.model, self.pairs, self.config, self.folder, **how)
-        wanted = not self.recipe.captions and not (self.folder / DOMAIN).exists()
-        if wanted and runtime.is_main_process():
-            self._learn_domain()
-        if runtime.is_main_process():  # three times the model's size, and no longer of use
-            (self.folder / training.runs.CHECKPOINT).unlink(missing_ok=True)
-            (self.folder / PLAN).unlink(missing_ok=True)
+        if runtime.is_main_process():
+            if not (self.recipe.captions or (self.folder / DOMAIN).exists()):
+                self._learn_domain()
+            for name in (training.runs.CHECKPOINT, PLAN):  # large, and no longer of use
+                (self.folder / name).unlink(missing_ok=True)
         return self.folder
 
     def hand_over(self):
         """Write what other processes need to train this run; `planned` reads it."""
         if self.recipe.objective or self.recipe.backbone.library == "own":
-            message = f"{self.name} has an encoder or an objective that only this process knows"
+            message = f"{self.folder.name} has an encoder or objective that only this process knows"
             raise errors.ConfigError(message, "Use processes=1.")
         arrays = training.runs.to_numpy(self.model.state_dict(), "model.")
         arrays |= {f"stage.{n}": stage.rows for n, stage in enumerate(self.stages)}
-        meta = {"data": as_dict(self.prepared.config), "on_bad": self.on_bad}
+        meta = {"data": as_dict(self.prepared.config)}
         meta["callbacks"] = bool(self.callbacks)  # the curriculum's own: see `planned`
         meta["epochs"] = [stage.epochs for stage in self.stages]
         settings = training.Plan(self.stages, self.config).settings(as_dict(self.recipe))
@@ -349,13 +344,13 @@ class Trial:
     def _learn_domain(self):
         """Store which pictures the trained model knows, for `rsdlib.Predictor`."""
         sides, size = [], self.model.backbone.image_size
-        images = self.prepared.images(size, self.on_bad)
+        images = self.prepared.images(size)
         for rows in (self.pairs.train, self.pairs.val):
             some = rows[:: -(-len(rows) // KNOWN)]
             read = {"device": self.config.device, "description": "what it knows"}
             features = data.apply(self.model.backbone, self.pairs.store, some, **read)
             sides.append({"features": features, "texture": models.texture(images.batch(some))})
-        models.Domain.fit(*sides).save(self.folder / DOMAIN)
+        files.save_arrays(self.folder / DOMAIN, models.Domain.fit(*sides).arrays)
 
 
 PLAN = "plan.safetensors"
@@ -425,33 +420,17 @@ def three_ways(profile, backbone, prepared, *, seed=0, seeds=1, **options):
     dict of str to list of Path
         Method to run folders, one a seed; the vanilla runs first.
     """
-    runs = {}
-    for number in range(seed, seed + seeds):
-        how = {**options, "seed": number}
-        vanilla = train(profile, backbone, prepared, **{**how, "weight": 0.0})
-        mlc = train(profile, backbone, prepared, **how)
-        full = train(profile, backbone, prepared, curriculum="ours", **how)
-        made = {backbone: vanilla, f"{backbone} + MLC": mlc, f"{backbone} + MLC + CL": full}
-        if mlc == vanilla:  # with weight 0 they are one run
-            made = {backbone: vanilla, f"{backbone} + CL": full}
-        for method, run in made.items():
-            runs.setdefault(method, []).append(run)
-    return runs
+    seeded = [{**options, "seed": number} for number in range(seed, seed + seeds)]
+    vanilla = [train(profile, backbone, prepared, **{**how, "weight": 0.0}) for how in seeded]
+    mlc = [train(profile, backbone, prepared, **how) for how in seeded]
+    full = [train(profile, backbone, prepared, curriculum="ours", **how) for how in seeded]
+    if mlc == vanilla:  # with weight 0 they are one run
+        return {backbone: vanilla, f"{backbone} + CL": full}
+    return {backbone: vanilla, f"{backbone} + MLC": mlc, f"{backbone} + MLC + CL": full}
 
 
 def plan(
-    profile,
-    backbone,
-    prepared,
-    *,
-    weight=None,
-    head=None,
-    curriculum=None,
-    encoder=None,
-    objective=None,
-    stages=None,
-    on_bad="error",
-    **changes,
+    profile, backbone, prepared, curriculum=None, encoder=None, objective=None, stages=None, **how
 ):
     """Put together what one training needs, and train nothing yet.
 
@@ -461,10 +440,6 @@ def plan(
     backbone : str
         A name in ``profile.backbones``, or ``"timm:<name>"``; a name of your own with `encoder`.
     prepared : Prepared
-    weight : float, optional
-        The vocabulary loss's weight lambda; 0 trains the embedding alone ("vanilla").
-    head : str, optional
-        Arrangement of the heads.
     curriculum : {"none", "ours", "cbs", "lerac"} or CurriculumConfig, optional
         By name with the profile's settings. ``"ours"`` sorts by the difficulty that the same
         training without curriculum recorded, and trains that first if it is not there.
@@ -477,41 +452,43 @@ def plan(
     stages : list of rsdlib.training.Stage, or callable, optional
         An order of your own; a callable ``stages(rows, hardness, epochs)`` is given what the same
         training without curriculum recorded.
-    on_bad : {"error", "skip"}
-        What to do about images that cannot be read.
-    **changes
-        Training settings that differ from the profile's, such as ``epochs=3``.
+    **how
+        What differs from the profile: settings of the training, such as ``epochs=3``; ``weight``,
+        the vocabulary loss's lambda, 0 trains the embedding alone ("vanilla"); ``head``, the heads'
+        arrangement.
 
     Returns
     -------
     Trial
     """
-    config = profile.training(backbone, **changes)
-    recipe, speech = _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config)
+    heads = {name: how.pop(name, None) for name in ("weight", "head")}
+    config = profile.training(backbone, **how)
+    recipe, speech = _recipe(profile, backbone, prepared, encoder, heads, curriculum, config)
     model = recipe.build(encoder, speech=speech)
     start, front = data.weights_key(model), getattr(_encoder(model), "front", None)
-    pairs = _pairs(prepared, model, recipe, on_bad, config.device)
+    pairs = _pairs(prepared, model, recipe, config.device)
     if recipe.head.probe:
-        _probe(model, pairs, recipe.head, config.device)
+        features = data.features(pairs.store, model.backbone, device=config.device)
+        read = data.PairStore(features, pairs.targets, None, 0, pairs.train, pairs.val)
+        known, held = (tuple(read.batch(rows).values()) for rows in (read.train, read.val))
+        model.probe(*known, held if recipe.head.chosen else None)
 
     def history():
-        plain = {"weight": weight, "head": head, "encoder": encoder, "objective": objective}
-        plain |= {"curriculum": "none", "on_bad": on_bad, **changes}
+        plain = {"curriculum": "none", "encoder": encoder, "objective": objective, **heads, **how}
         return training.load_run(train(profile, backbone, prepared, **plain)).difficulty
 
     stages, callbacks = _order(recipe.curriculum, pairs.train, config.epochs, stages, history)
-    recipe = replace(
-        recipe,
-        images=pairs.key,
-        start=start,
-        front=data.weights_key(front) if front is not None else "",
-        stages=files.digest([[stage.rows.tolist(), stage.epochs] for stage in stages]),
-        objective=identity(objective) if objective is not None else "",
-    )
+    keys = {"images": pairs.key, "start": start}
+    keys["front"] = "" if front is None else data.weights_key(front)
+    keys["stages"] = files.digest([[stage.rows.tolist(), stage.epochs] for stage in stages])
+    keys["objective"] = "" if objective is None else identity(objective)
+    recipe = replace(recipe, **keys)
     key = files.digest([as_dict(recipe), config.fixed()], 8)
-    folder = files.root() / "runs" / profile.name / f"{_name(backbone, recipe)}-{key}"
-    how = objective or _objective(model, recipe), stages, callbacks, config
-    return Trial(model, pairs, *how, recipe, folder, prepared, on_bad)
+    parts = [slug(backbone), "mlc" if recipe.words else "vanilla", recipe.curriculum.name]
+    name = "-".join(parts).removesuffix("-none")
+    folder = files.root() / "runs" / profile.name / f"{name}-{key}"
+    order = objective or _objective(model, recipe), stages, callbacks
+    return Trial(model, pairs, *order, config, recipe, folder, prepared)
 
 
 def planned(folder):
@@ -532,21 +509,21 @@ def planned(folder):
     """
     folder = Path(os.path.abspath(folder))
     recipe, (stored, meta) = Recipe.load(folder), files.load_arrays(folder / PLAN)
-    config = _read(configs.TrainConfig, training.runs.made_from(folder)["train"])
-    prepared = prepare(_read(configs.DataConfig, meta["data"]))
-    model, arrays = recipe.build(load=False), training.runs.grouped(stored)
-    training.runs.load_arrays_into(model, arrays["model"], folder / PLAN)
-    pairs = _pairs(prepared, model, recipe, meta["on_bad"], config.device)
+    config = from_dict(configs.TrainConfig, training.runs.made_from(folder)["train"])
+    prepared = prepare(from_dict(configs.DataConfig, meta["data"]))
+    model, weights = recipe.build(load=False), training.runs.below(stored, "model.")
+    training.runs.load_arrays_into(model, weights, folder / PLAN)
+    pairs = _pairs(prepared, model, recipe, config.device)
     if pairs.key != recipe.images:
         message = f"the images of {files.relative(folder)} are not those it was planned with"
         raise errors.CheckpointError(message, "Plan it again: run the notebook that made it.")
     epochs = enumerate(meta["epochs"])
-    stages = [training.Stage(arrays["stage"][str(n)], count) for n, count in epochs]
+    stages = [training.Stage(stored[f"stage.{n}"], count) for n, count in epochs]
     callbacks = []
     if meta["callbacks"]:
         _, callbacks = training.regime(recipe.curriculum, pairs.train, config.epochs)
     how = _objective(model, recipe), stages, callbacks, config
-    return Trial(model, pairs, *how, recipe, folder, prepared, meta["on_bad"])
+    return Trial(model, pairs, *how, recipe, folder, prepared)
 
 
 def white_box(profile, prepared, context="caption", noised=False, frozen=(), keep=0.0, **options):
@@ -582,7 +559,7 @@ def white_box(profile, prepared, context="caption", noised=False, frozen=(), kee
     return plan(profile, "unet", prepared, **options)
 
 
-def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, config):
+def _recipe(profile, backbone, prepared, encoder, heads, curriculum, config):
     """Return what was asked for, in full: the profile's settings wherever nothing else was said.
 
     With what the encoder can say, if the heads are to hear it.
@@ -592,8 +569,7 @@ def _recipe(profile, backbone, prepared, encoder, weight, head, curriculum, conf
     else:
         name, size = type(encoder).__name__, encoder.image_size
         described = configs.BackboneConfig("own", name, image_size=size)
-    asked = {"weight": weight, "head": head}
-    heads = replace(profile.head, **{k: value for k, value in asked.items() if value is not None})
+    heads = replace(profile.head, **{k: value for k, value in heads.items() if value is not None})
     if described.library == "blip":  # it has one arrangement
         heads = configs.HeadConfig(weight=heads.weight)
     elif not heads.weight:  # one vanilla run, whatever arrangement was asked for
@@ -623,21 +599,14 @@ def first_names(names):
     return tuple(name.partition(",")[0] for name in names)
 
 
-def _pairs(prepared, model, recipe, on_bad, device):
-    store = prepared.store(_encoder(model), on_bad, device)
+def _pairs(prepared, model, recipe, device):
+    store = prepared.store(_encoder(model), device)
     targets = model.encode(prepared.pairs["prompt"]) if recipe.captions else prepared.targets
     labels = prepared.labels if recipe.words else None
     if recipe.named:
         labels = data.pack(data.Vocabulary(recipe.words).encode(prepared.pairs["prompt"]))
     train, val = (prepared.rows(split, store) for split in ("train", "val"))
     return data.PairStore(store, targets, labels, len(recipe.words), train, val)
-
-
-def _probe(model, pairs, head, device):
-    features = data.features(pairs.store, model.backbone, device=device)
-    read = data.PairStore(features, pairs.targets, None, 0, pairs.train, pairs.val)
-    train, val = (tuple(read.batch(rows).values()) for rows in (read.train, read.val))
-    model.probe(*train, val if head.chosen else None)
 
 
 def _order(curriculum, rows, epochs, stages, history):
@@ -654,11 +623,6 @@ def _objective(model, recipe):
     if recipe.captions:
         return models.CaptionObjective(recipe.head.weight, model.pad)
     return models.JointObjective(recipe.head.weight, recipe.head.huber)
-
-
-def _name(backbone, recipe):
-    parts = [slug(backbone), "mlc" if recipe.words else "vanilla", recipe.curriculum.name]
-    return "-".join(parts).removesuffix("-none")
 
 
 def slug(backbone):
@@ -814,7 +778,7 @@ def predict_baselines(scores, prepared, store, before, after, device="auto"):
     if getattr(before, "speech", None) is not None:
         before.only_speak()
         scores.predictions[ZERO_SHOT] = data.apply(before, store, scores.rows, device=device)
-    for name, those in ((KNN_BEFORE, [before]), (KNN_AFTER, analysis.each_training(after))):
+    for name, those in ((KNN_BEFORE, [before]), (KNN_AFTER, analysis.metrics.each_training(after))):
         features = (data.features(store, model.backbone, device=device) for model in those)
         found = [_regress(scores, prepared, store, one.batch, one.batch(train)) for one in features]
         chosen[name], scores.predictions[name] = map(list, zip(*found, strict=True))
@@ -865,7 +829,6 @@ def predict_captions(scores, prepared, encoder, store):
     store : rsdlib.data.Store
         What it reads.
     """
-    import torch
 
     def embedded(rows):
         captions = encoder.captions(torch.from_numpy(store.batch(rows)))
@@ -918,7 +881,8 @@ def compare(runs, prepared, store, split="test", device="auto", encoder=None):
     table : list of dict
         One row a method, for `analysis.as_table` and `analysis.plot_scores`.
     """
-    first, folders = next(iter(runs)), {m: analysis.each_training(run) for m, run in runs.items()}
+    folders = {name: analysis.metrics.each_training(run) for name, run in runs.items()}
+    first = next(iter(runs))
     scores = prepared.scores(store, split)
     before = starting_model(folders[first][0], encoder)
     after = [load_model(folder, encoder)[0] for folder in folders[first]]
@@ -959,7 +923,7 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
     """
     curves = {}
     for method, run in runs.items():
-        opened = [training.load_run(one) for one in analysis.each_training(run)]
+        opened = [training.load_run(one) for one in analysis.metrics.each_training(run)]
         curves[method] = [one.metrics for one in opened]
     facts = about(prepared, opened[0].config.seed)
     files.write_json(folder / f"{name}.json", {"table": table, **facts})
@@ -978,7 +942,7 @@ def draw(name, runs, scores, table, prepared, images, folder, paper=None):
 
 def _draw_answers(scores, method, prepared, images, count=8):
     """Draw items from the first training's best to its worst, with true and nearest prompt."""
-    pred = analysis.each_training(scores.predictions[method])[0]
+    pred = analysis.metrics.each_training(scores.predictions[method])[0]
     cosine = analysis.cosine(pred, scores.target)
     order = np.argsort(-cosine, kind="stable")
     picked = order[np.linspace(0, len(order) - 1, count).round().astype(int)]
@@ -993,13 +957,11 @@ def about(prepared, seed):
     """Return what every stored result says of itself: its data, the seed, the machine."""
     parts = prepared.config.source.split(os.pathsep)
     folders = [files.relative(files.resolve_path(part)) for part in parts]
-    return {  # of folders elsewhere, the name alone
-        "source": ", ".join(Path(f).name if os.path.isabs(f) else f for f in folders),
-        "prepared": prepared.key,
-        "sizes": prepared.sizes().to_dict("records"),
-        "seed": seed,
-        "environment": runtime.environment(),
-    }
+    # Of folders elsewhere, the name alone.
+    source = ", ".join(Path(f).name if os.path.isabs(f) else f for f in folders)
+    facts = {"source": source, "prepared": prepared.key}
+    facts["sizes"] = prepared.sizes().to_dict("records")
+    return {**facts, "seed": seed, "environment": runtime.environment()}
 
 
 def results_folder(profile):

@@ -1,6 +1,8 @@
 """Where things lie and how they are written: whole or not at all, under keys of what made them."""
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rsdlib import runtime
-from rsdlib.errors import CacheError, ConfigError, refusing
+from rsdlib.errors import CacheError, ConfigError, RunBusyError, refusing
 
 # --- places ---------------------------------------------------------------------------------------
 
@@ -40,9 +42,9 @@ def resolve_path(path):
 
 
 def relative(path):
-    """Return `path` as text, relative to the project's folder where it lies inside."""
+    """Return `path` as text with ``/``, relative to the project's folder where it lies inside."""
     path = Path(os.path.abspath(path))  # links are kept: data may be linked in from another disk
-    return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
+    return (path.relative_to(root()) if path.is_relative_to(root()) else path).as_posix()
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -65,6 +67,39 @@ def checksum(arrays):
     return total.hexdigest()
 
 
+# --- what file systems lack -----------------------------------------------------------------------
+
+# What they answer to a call that they do not know; all else is trouble.
+_NAMES = "ENOSYS ENOTSUP EOPNOTSUPP ENOLCK EINVAL EPERM ENODEV ENOTTY"
+_LACKING = {getattr(errno, name) for name in _NAMES.split()}
+_warn = functools.cache(runtime.log)  # once a process
+
+
+@contextlib.contextmanager
+def sparing(folder, without):
+    """Go on where the file system of a folder lacks a call, and say once what that means."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in _LACKING:
+            raise
+        _warn(f"the file system of {folder} lacks a call ({error}): {without}")
+
+
+@contextlib.contextmanager
+def locked(path, busy):
+    """Hold the lock `path` for this process, or refuse by `busy`; a killed holder's is gone."""
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
+    alone = refusing(filelock.Timeout, RunBusyError, busy, "Wait for it, or use another folder.")
+    with contextlib.ExitStack() as held:
+        with alone, sparing(path.parent, "nothing keeps a second process out"):
+            held.enter_context(lock)
+        yield
+
+
 # --- whole files ----------------------------------------------------------------------------------
 
 
@@ -73,20 +108,26 @@ def atomic_path(path):
     """Yield a temporary path beside `path`; on a clean exit it takes the place of `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name[:80]}.{uuid.uuid4().hex}.tmp"
+    temporary = path.parent / f".{path.name[:40]}.{uuid.uuid4().hex}.tmp"  # within 255 bytes
     temporary.touch()
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-            _flush(path.parent)
+        with contextlib.suppress(OSError):  # some systems cannot open or flush a folder
+            _flush(path.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush(path):
-    handle = os.open(path, os.O_RDONLY)
+def flush(path):
+    """Bring a file's bytes to the disk."""
+    with sparing(path.parent, "what was written may be lost if the power fails"):
+        _flush(path, os.O_RDWR)  # Windows flushes no file that is open for reading alone
+
+
+def _flush(path, flags):
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:
@@ -96,7 +137,7 @@ def _flush(path):
 def remove_leftovers(folder, older=0):
     """Delete temporary files of killed writers: by the folder's only writer, or `older` seconds."""
     for path in Path(folder).glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone, or on Windows still open elsewhere
             if time.time() - path.stat().st_mtime >= older:
                 path.unlink()
 
@@ -104,7 +145,7 @@ def remove_leftovers(folder, older=0):
 def write_text(path, text):
     """Write `text` to `path`, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes anywhere
 
 
 def write_json(path, value):
@@ -185,14 +226,16 @@ def save_rows(path, rows):
 
 def save_row_batches(path, shape, dtype, batches):
     """Write what `save_rows` would write of the batches' rows, with one batch in memory at once."""
-    with atomic_path(path) as temporary:
-        rows, start = np.lib.format.open_memmap(temporary, "w+", dtype, shape), 0
+    dtype = np.dtype(dtype)
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    total = hashlib.sha256(f"rows {dtype} {shape}".encode())  # as `checksum` begins
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, about)
         for batch in batches:
-            rows[start : start + len(batch)] = batch
-            start += len(batch)
-        rows.flush()
-        with temporary.open("ab") as stream:
-            stream.write(bytes.fromhex(checksum({"rows": rows})))
+            content = np.asarray(batch, dtype, order="C").tobytes()
+            total.update(content)
+            stream.write(content)
+        stream.write(total.digest())
 
 
 def open_rows(path, *, verify=True):
@@ -217,8 +260,8 @@ def open_rows(path, *, verify=True):
     """
     path = Path(path)
     with _refusing_damage(path, SyntaxError, tokenize.TokenError):
-        rows = np.lib.format.open_memmap(path, mode="r")
-        if path.stat().st_size != getattr(rows, "offset", 0) + rows.nbytes + _TRAILER:
+        rows, start = _mapped(path)
+        if path.stat().st_size != start + rows.nbytes + _TRAILER:
             raise ValueError("its size is not that of its array")
         if verify:
             with path.open("rb") as stream:
@@ -226,6 +269,17 @@ def open_rows(path, *, verify=True):
                 if stream.read().hex() != checksum({"rows": rows}):
                     raise ValueError("its bytes do not match its checksum")
         return rows
+
+
+def _mapped(path):
+    """Return the array of a file, mapped or else read, and the byte where it begins."""
+    with sparing(path.parent, "arrays are read into memory"):
+        rows = np.lib.format.open_memmap(path, mode="r")
+        return rows, getattr(rows, "offset", 0)
+    with path.open("rb") as stream:
+        rows = np.lib.format.read_array(stream)
+        rows.flags.writeable = False
+        return rows, stream.tell() - rows.nbytes
 
 
 def cached_rows(path, make):

@@ -1,17 +1,20 @@
 """Use what was trained: an image in; its prompt's embedding, words and nearest prompts out."""
 
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from rsdlib import data, ensemble, experiment, files, models, runtime, training
+from rsdlib import data, ensemble, errors, experiment, files, models, runtime, training
 from rsdlib.errors import CacheError, CheckpointError, ConfigError
 
 # What to do where there is no model, or no captioner.
 _TRAIN = {False: "Run: rsd run 01_train_vit", True: "Run: rsd run 08_captioning"}
+_STORED = "stored_prompt", "stored_cosine", "stored_reason"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Prediction:
     distances : ndarray (n,), or None
         How far a picture lies from those that the model was trained on, see `rsdlib.models.Domain`;
         None where the run does not know.
+    stored : list of n (prompt, cosine, reason)
+        The prompts that the images' files hold, and the cosine of what was read with their plain
+        form's embedding; None where there is no prompt, and why.
     """
 
     embeddings: np.ndarray
@@ -37,6 +43,7 @@ class Prediction:
     prompts: list
     captions: list | None = None
     distances: np.ndarray | None = None
+    stored: list = ()
 
     @property
     def in_domain(self):
@@ -70,23 +77,39 @@ class Prediction:
         images : sequence of str (n)
             Names of the images.
         """
-        columns = {"image": list(map(str, images)), "embedding": self.embeddings.tolist()}
+        columns = {"image": list(map(runtime.shown, images)), "embedding": self.embeddings.tolist()}
         columns |= {"caption": self.captions, "words": self.words, "prompts": self.prompts}
         if self.distances is not None:
             columns["in_domain"] = self.in_domain.tolist()
             columns["distance"] = self.distances.round(3).tolist()
+        columns |= zip(_STORED, zip(*self.stored, strict=True), strict=False)  # none of no images
         columns = {name: values for name, values in columns.items() if values is not None}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def table(self, images):
         """Return a DataFrame to save: one row an image, no embeddings; see `records`."""
-        rows, hidden = [], ["embedding", "prompts", "distance"]
-        for record in self.records(images):
-            said = "; ".join(f"{word} {share:.3f}" for word, share in record["words"])
-            nearest, similarity = record["prompts"][0] if record["prompts"] else ("", np.nan)
-            seen = {"words": said, "nearest_prompt": nearest, "similarity": similarity}
-            rows.append(record | seen)
-        return pd.DataFrame(rows).drop(columns=hidden, errors="ignore")
+        hidden = ["embedding", "prompts", "distance", "stored_reason"]
+        table = pd.DataFrame(self.records(images)).drop(columns=hidden, errors="ignore")
+        said = ("; ".join(f"{word} {share:.3f}" for word, share in words) for words in self.words)
+        nearest = [near[0] if near else ("", np.nan) for near in self.prompts]
+        nearest = pd.DataFrame(nearest, columns=["nearest_prompt", "similarity"])
+        return table.assign(words=list(said)).join(nearest)
+
+    def submission(self, images):
+        """Return Kaggle's "Stable Diffusion - Image to Prompts": a DataFrame to save as CSV.
+
+        Raises
+        ------
+        BadValueError
+            Two images have one name but for folder and suffix, or embeddings other than 384 values.
+        """
+        names = [Path(runtime.shown(image)).stem for image in images]
+        size = self.embeddings.shape[1]
+        if len(set(names)) < len(names) or size != 384:
+            message = f"{len(set(names))} names of {len(names)} images with {size} values each"
+            raise errors.BadValueError(message, "Kaggle asks for distinct names, and 384 values.")
+        rows = [f"{name}_{number}" for name in names for number in range(size)]
+        return pd.DataFrame({"imgId_eId": rows, "val": self.embeddings.ravel()})
 
 
 @dataclass
@@ -143,7 +166,7 @@ class Predictor:
             captioner, _ = _open(files.resolve_path(captioner), captions=True)
         bank = _known_prompts(folder, recipe) if bank is None else _embedded(bank, device)
         known = folder / experiment.DOMAIN
-        domain = models.Domain.load(known) if known.exists() else None
+        domain = models.Domain(files.load_arrays(known)[0]) if known.exists() else None
         return cls(model, recipe.words, bank, device, captioner, domain)
 
     @classmethod
@@ -171,66 +194,104 @@ class Predictor:
         model.only_speak()
         return cls(model, experiment.first_names(names), bank and _embedded(bank, device), device)
 
-    def predict(self, images, n_words=8, n_prompts=5, batch_size=64):
+    def predict(self, images, n_words=8, n_prompts=5, batch_size=64, without=()):
         """Predict from images.
 
         Parameters
         ----------
-        images : path, locator or PIL image, or a sequence of them
+        images : what `rsdlib.data.open_image` opens, or a sequence of them
         n_words, n_prompts : int
-            How many words and prompts to name for each image.
+            How many words and prompts to name for each image; of prompts None means all.
         batch_size : int
+        without : sequence of str
+            Words that are not said, and are left out of the prompts named, with all that stands
+            between the same commas. ``"artists"`` means what begins with "by" or "in the style of".
 
         Returns
         -------
         Prediction
         """
-        images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
+        one = isinstance(images, (str, os.PathLike, Image.Image, bytes))
+        images, say = [images] if one else list(images), _saying(without)
         size = self.model.embedding_head.out_features
-        parts = [(np.empty((0, size), np.float32), np.empty((0, len(self.words))), np.empty(0), [])]
+        parts = [(np.empty((0, size), np.float32), np.empty((0, len(self.words))), (), [], [])]
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
             parts.append(self._read(images[start : start + batch_size]))
-        *arrays, captions = zip(*parts, strict=True)
-        embeddings, probabilities, distances = map(np.concatenate, arrays)
-        ranked = [pd.Series(row, self.words).nlargest(n_words) for row in probabilities]
-        words = [list(row.items()) for row in ranked]
-        prompts = self._nearest(embeddings, n_prompts)
-        captions = None if self.captioner is None else [text for part in captions for text in part]
+        embeddings, probabilities, distances, captions, found = (
+            np.concatenate(arrays) for arrays in zip(*parts, strict=True)
+        )
+        table = pd.DataFrame(probabilities, columns=map(say, self.words))
+        rows = table.drop(columns="", errors="ignore").iterrows()  # what is left out is ""
+        words = [list(row.nlargest(n_words).items()) for _, row in rows]
+        prompts = self._nearest(embeddings, n_prompts, say)
+        captions = None if self.captioner is None else captions.tolist()
         distances = None if self.domain is None else distances
-        return Prediction(embeddings, words, prompts, captions, distances)
+        stored = _compared(embeddings, found, self.device)
+        return Prediction(embeddings, words, prompts, captions, distances, stored)
 
     def _read(self, images):
-        """Return of images the embeddings, words' probabilities, distances and captions."""
-        images = [i if isinstance(i, Image.Image) else data.open_image(i) for i in images]
+        """Return embeddings, words' probabilities, distances, captions and stored prompts."""
+        import torch
+
         encoder, front = self.model.backbone, getattr(self.model.backbone, "front", None)
-        pixels = self._tensor(images, encoder.image_size)
-        probabilities, distances, captions = np.empty((len(images), 0)), (), []
+        sizes = [reader.image_size for reader in (encoder, self.captioner) if reader is not None]
+        *squares, found = zip(*(_look(image, sizes) for image in images), strict=True)
+        pixels, *larger = (torch.from_numpy(np.stack(s)).to(self.device) for s in squares)
+        distances, captions = (), []
         with data.evaluating(self.model.to(self.device)):
             features = encoder(pixels if front is None else front.to(self.device).eval()(pixels))
             embedding, logits = self.model.heads(features)
-        if logits is not None:
-            probabilities = logits.float().sigmoid().cpu().numpy()
+        logits = embedding[:, :0] if logits is None else logits
         if self.domain is not None:
             look = models.texture(pixels.cpu().numpy())
             distances = self.domain.distance({"features": features.float().cpu(), "texture": look})
         if self.captioner is not None:
             with data.evaluating(self.captioner.to(self.device)):
-                captions = self.captioner.caption(self._tensor(images, self.captioner.image_size))
-        return embedding.cpu().numpy(), probabilities, distances, captions
+                captions = self.captioner.caption(*larger)
+        probabilities = logits.float().sigmoid().cpu().numpy()
+        return embedding.cpu().numpy(), probabilities, distances, captions, found
 
-    def _tensor(self, images, size):
-        import torch
-
-        pixels = data.Pictures(images, size).batch(np.arange(len(images)))
-        return torch.from_numpy(pixels).to(self.device)
-
-    def _nearest(self, embeddings, n_prompts):
-        if not (self.bank and n_prompts and len(embeddings)):
+    def _nearest(self, embeddings, n_prompts, say):
+        prompts, known = self.bank or ([], None)
+        count = len(prompts[:n_prompts])
+        if not (count and len(embeddings)):
             return [[] for _ in embeddings]
-        prompts, known = self.bank
-        near = ensemble.nearest(embeddings, known, min(n_prompts, len(prompts)))
-        pairs = [zip(*both, strict=True) for both in zip(*near, strict=True)]
-        return [[(prompts[i], float(similarity)) for similarity, i in some] for some in pairs]
+        near = zip(*ensemble.nearest(embeddings, known, count), strict=True)
+        told = [[(say(prompts[i]), float(s)) for s, i in zip(*one, strict=True)] for one in near]
+        return [[pair for pair in pairs if pair[0]] for pairs in told]
+
+
+def _look(image, sizes):
+    """Return an image at some sizes, and what its file says of its prompt; then it is let go."""
+    file = data.read_file(image)
+    picture = data.decode_image(*file)
+    return *(data.resize(picture, size) for size in sizes), data.read_prompt(file[0])
+
+
+def _compared(embeddings, found, device):
+    """Return the prompts that files hold, their cosines with embeddings, and why there are none."""
+    cosines, rows = np.full(len(found), None), [i for i, file in enumerate(found) if file.prompt]
+    try:
+        if rows:
+            own = data.embed([data.plain(found[i].prompt) for i in rows], device=device)
+            cosines[rows] = data.cosine(embeddings[rows], own)
+    except (errors.ModelNotFoundError, errors.BadValueError) as error:  # learnt another embedding
+        runtime.log(f"stored prompts are not compared: {error}")
+    prompts = [file.prompt and runtime.shown(file.prompt) for file in found]
+    return list(zip(prompts, cosines, [file.reason for file in found], strict=True))
+
+
+# Parts of prompts that name artists: "by X", "art by X", "in the style of X".
+_ARTISTS = r"((art|artwork|painting|illustration) )?by .*|(in the )?style of .*"
+
+
+def _saying(without):
+    """Return a function that says a text but for the parts that hold what is to be left out."""
+    known = {"artists": _ARTISTS}
+    texts = filter(None, map(str.strip, without))
+    unsaid = [known.get(text, rf".*(?<!\w){re.escape(text)}(?!\w).*") for text in texts]
+    is_unsaid = re.compile("|".join(unsaid) or "(?!)", re.I | re.S).fullmatch
+    return lambda text: ",".join(p for p in text.split(",") if not is_unsaid(p.strip())).strip()
 
 
 def _embedded(path, device):
@@ -287,9 +348,8 @@ def best_run(profile=None, captions=False):
         if len(runs):
             runs["newest"] = runs.groupby("data")["made"].transform("max")
             return runs.sort_values(["newest", "words", "score"])["folder"].iloc[-1]
-    what = "no captioner" if captions else "nothing"
-    message = f"{what} is trained yet below {' or '.join(f'runs/{name}' for name in profiles)}"
-    raise CacheError(message, _TRAIN[captions])
+    what, places = "no captioner" if captions else "nothing", " or runs/".join(profiles)
+    raise CacheError(f"{what} is trained yet below runs/{places}", _TRAIN[captions])
 
 
 def _finished(folder, captions):

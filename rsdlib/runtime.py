@@ -1,6 +1,7 @@
 """What things run on: devices, precision, seeds; and how they speak to whoever waits."""
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -20,17 +21,43 @@ from rsdlib.errors import ConfigError, DeviceError, MissingPackageError, refusin
 
 
 def device(name="auto"):
-    """Return the `torch.device` for ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``."""
+    """Return the `torch.device` for ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+
+    Auto is a GPU, an Apple one if it can do all that is asked of it, else the CPU.
+    """
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else _apple_or_cpu()
     with refusing(RuntimeError, DeviceError, f"{name!r} is not a device", "Use 'auto' or 'cpu'."):
         chosen = torch.device(name)
     count = {"cpu": 1, "cuda": gpus(), "mps": torch.backends.mps.is_available()}
     if (chosen.index or 0) >= count.get(chosen.type, 0):
         raise DeviceError(f"device {name!r} was asked for, but there is none here", "Use 'auto'.")
     return chosen
+
+
+@functools.cache
+def _apple_or_cpu(apple="mps"):
+    """Return the Apple GPU if it can do what we ask and torch had last, else the CPU; say why."""
+    import torch
+
+    if not torch.backends.mps.is_available():
+        return "cpu"
+    try:
+        image = torch.ones(1, 3, 8, 8, device=apple)
+        torch.nn.functional.interpolate(image, size=(4, 4), mode="bicubic", antialias=True)
+    except (RuntimeError, TypeError) as error:
+        log(f"using the CPU: the Apple GPU cannot do it all ({str(error).splitlines()[0]})")
+        return "cpu"
+    return apple
+
+
+def exact(on):
+    """Return the type that sums over many rows have on a device: Apple GPUs lack float64."""
+    import torch
+
+    return torch.float32 if on.type == "mps" else torch.float64
 
 
 def gpus():
@@ -104,7 +131,12 @@ def is_main_process():
 def log(message):
     """Print one line, from the main process alone."""
     if is_main_process():
-        print(message, flush=True)
+        print(shown(message, getattr(sys.stdout, "encoding", None) or "utf-8"), flush=True)
+
+
+def shown(text, encoding="utf-8"):
+    """Return a text with all that an encoding lacks escaped, such as names that are no UTF-8."""
+    return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def track(iterable, description, total=None, every=5.0):
@@ -150,8 +182,8 @@ def environment():
     folder = str(Path(__file__).parent)
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
     found = ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10).stdout
     return {
         "git": found.strip() or "unknown",
         "python": platform.python_version(),

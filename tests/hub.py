@@ -33,6 +33,8 @@ class Fault:
         Called when that many bytes were sent.
     change : callable
         Maps the body that is sent; the checksums told are those of the true one.
+    page : bytes
+        A web page that comes in place of the answer.
     """
 
     status: int | None = None
@@ -40,6 +42,7 @@ class Fault:
     cut: int | None = None
     then: object = None
     change: object = None
+    page: bytes | None = None
 
 
 @dataclass
@@ -103,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         form = parse_qs(self.rfile.read(length).decode())
         if self.wrong.status:
             return self.tell({"error": "on purpose"}, self.wrong.status, self.wrong.headers)
+        if self.wrong.page is not None:
+            self.head(200, "text/html", len(self.wrong.page), {})
+            return self.wfile.write(b"" if self.command == "HEAD" else self.wrong.page)
         for name, folder in self.repositories.items():
             api = f"api/{name if name.startswith('datasets/') else f'models/{name}'}"
             rest = path.removeprefix(f"{api}/").split("/", 1)

@@ -47,17 +47,16 @@ def test_pair_that_was_never_seen_is_named():
 
 def test_difficulty_of_a_run_belongs_to_its_rows(tmp_path):
     table = training.load_run(toy.fit(tmp_path / "run")).difficulty
-    rows, hardness = training.run_difficulty(table.sample(frac=1, random_state=0))
-    order = np.argsort(rows)
-    np.testing.assert_array_equal(rows[order], np.arange(50))
+    np.testing.assert_array_equal(np.sort(table["row"]), np.arange(50))
+    hardness = training.hardness_of(table["row"], table.sample(frac=1, random_state=0))
     expected = training.difficulty(table[["epoch_1", "epoch_2", "epoch_3"]].to_numpy())
-    np.testing.assert_allclose(hardness[order], expected)
+    np.testing.assert_allclose(hardness, expected)
 
 
 def test_eleventh_epoch_comes_after_the_second():
     table = pd.DataFrame({"row": [0], **{f"epoch_{t}": [0.0] for t in range(1, 12)}})
     table["epoch_11"] = 1.0
-    np.testing.assert_allclose(training.run_difficulty(table)[1], 1 - 11 / 66)
+    np.testing.assert_allclose(training.hardness_of([0], table), 1 - 11 / 66)
 
 
 # --- stages ---------------------------------------------------------------------------------------
@@ -85,7 +84,7 @@ def test_equally_hard_pairs_keep_their_order():
 
 
 def test_levels_are_thirds_in_order():
-    level = training.levels(HARDNESS)
+    level = curriculum.levels(HARDNESS)
     parts = [HARDNESS[level == name] for name in ("easy", "medium", "hard")]
     assert [len(part) for part in parts] == [34, 33, 33]
     for lower, upper in itertools.pairwise(parts):
@@ -143,7 +142,7 @@ def test_another_order_has_the_same_sizes_and_steps(k):
 
 @pytest.mark.parametrize(("epochs", "share"), [(3, 0.1), (6, 0.1), (4, 0.25), (1, 0.5), (2, 0.0)])
 def test_without_the_hardest_the_others_come_more_often(epochs, share):
-    plan = training.without_hardest(ROWS, HARDNESS, epochs, share)
+    plan = curriculum.without_hardest(ROWS, HARDNESS, epochs, share)
     read = visits(plan)
     left_out = round(100 * (1 - share)) <= RANK
     np.testing.assert_array_equal(read == 0, left_out)
@@ -155,12 +154,12 @@ def test_without_the_hardest_the_others_come_more_often(epochs, share):
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_all_pairs_cannot_be_left_out(share):
     with pytest.raises(BadValueError, match=r"share .* cannot be left out"):
-        training.without_hardest(ROWS, HARDNESS, 3, share)
+        curriculum.without_hardest(ROWS, HARDNESS, 3, share)
 
 
 def test_shuffled_visits_each_pair_as_often_and_in_no_order():
     ours = training.growing(ROWS, HARDNESS, 3, 3, "steps")
-    mixed = training.shuffled(ours, seed=4)
+    mixed = curriculum.shuffled(ours, seed=4)
     np.testing.assert_array_equal(visits(mixed), visits(ours))
     assert [stage.epochs for stage in mixed] == [1] * sum(stage.epochs for stage in ours)
     assert all(len(set(stage.rows.tolist())) == len(stage.rows) for stage in mixed)
@@ -171,7 +170,7 @@ def test_shuffled_visits_each_pair_as_often_and_in_no_order():
 
 def test_shuffled_is_a_function_of_the_plan_and_the_seed():
     ours = training.growing(ROWS, HARDNESS, 3, 3, "steps")
-    once, again, other = (training.shuffled(ours, seed) for seed in (0, 0, 1))
+    once, again, other = (curriculum.shuffled(ours, seed) for seed in (0, 0, 1))
     assert all(map(np.array_equal, [s.rows for s in once], [s.rows for s in again]))
     assert not all(map(np.array_equal, [s.rows for s in once], [s.rows for s in other]))
 
@@ -180,7 +179,8 @@ def test_curriculum_validates_on_the_same_rows_and_never_raises_the_rate(tmp_pat
     """D2: validation rows are the data's own. D7: the cosine spans all stages."""
     data = toy.data()
     plain = training.load_run(toy.fit(tmp_path / "plain"))
-    stages = training.growing(*training.run_difficulty(plain.difficulty), 6)
+    rows = plain.difficulty["row"].to_numpy()
+    stages = training.growing(rows, training.hardness_of(rows, plain.difficulty), 6)
     trained, rates = set(), []
 
     class Watch(training.Callback):

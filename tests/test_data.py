@@ -110,7 +110,7 @@ def run(program, *arguments):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own account")
 def test_bombs_are_refused_in_little_memory():
     lines = run(BOMBS)
-    assert len(lines) >= 6
+    assert len(lines) >= 4
     assert all(line.endswith("refused") for line in lines)
 
 
@@ -388,7 +388,7 @@ BAD_TABLES = {  # fault, error, what the message names
         BadTableError,
         "the name of another",
     ),
-    "a row twice": _table(_first, "-1000.png' stands 2 times.*same prompt"),
+    "a row twice": _table(_first, "-1000.png' .*stands there 2 times.*same prompt"),
     "an id with two prompts": _table(
         lambda x: _first(x, prompt="x"), "-1000.png' .*different prompt"
     ),
@@ -400,7 +400,7 @@ BAD_TABLES = {  # fault, error, what the message names
         lambda x: _first(x, image_name="../q.png"), "'../q.png'.*part-000001", BadArchiveError
     ),
     "an image not in its part": (_drop_image, BadArchiveError, "-1002.png'.*part-000001"),
-    "JSON contradicts": _json(_other_prompt, "number 1.*part-000001"),
+    "JSON contradicts": _json(_other_prompt, "part-000001.*number 1"),
     "JSON names another image": _json(
         lambda x: json.dumps({"q.png": {"p": ""}, **x}), "'q.png'.*part-000001", BadArchiveError
     ),
@@ -437,7 +437,7 @@ def test_two_parts_with_one_id_and_no_table(source, extracted):
     }
     for part in (1, 2):
         broken.write_part(source, part, members, extracted)
-    with pytest.raises(BadTableError, match=r"'a\.png' stands 2 times.*different part_id"):
+    with pytest.raises(BadTableError, match=r"'a\.png' .*stands there 2 times.*different part_id"):
         data.load_pairs(source)
 
 
@@ -500,7 +500,7 @@ def test_plain_ids_may_lack_the_suffix_and_files_may_lie_deeper(source):
         ("csv", "", "metadata.csv cannot be read"),
         ("csv", "id,prompt\n../../etc/passwd,x\n", "'../../etc/passwd'"),
         ("csv", "id,prompt\n/etc/passwd,x\n", "'/etc/passwd'"),
-        ("csv", "id,prompt\n1,x\n1,x\n", "'1' stands 2 times"),
+        ("csv", "id,prompt\n1,x\n1,x\n", "'1' .*stands there 2 times"),
         ("csv", "id,prompt,seed\n1,x,many\n", "'seed'.*numbers"),
         ("csv", "name,prompt\n1,x\n", "no column 'id' or 'file_name'"),
         ("csv", 'id,prompt\n1,"x\n', "cannot be read"),

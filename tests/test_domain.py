@@ -76,14 +76,11 @@ def test_distances_grow_with_the_way_and_ignore_the_units():
 
 
 def test_a_stored_domain_gives_the_same_distances(domain, tmp_path):
-    domain.save(tmp_path / "domain.safetensors")
-    again, seen = Domain.load(tmp_path / "domain.safetensors"), views(50, 5)
+    path = tmp_path / "domain.safetensors"
+    files.save_arrays(path, domain.arrays)
+    again, seen = Domain(files.load_arrays(path)[0]), views(50, 5)
     np.testing.assert_array_equal(again.distance(seen), domain.distance(seen))
     assert again.views == domain.views == ["features", "texture"]
-    path = tmp_path / "domain.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(CacheError, match=r"domain\.safetensors"):
-        Domain.load(path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -479,9 +476,9 @@ def test_pairs_of_several_folders_are_all_their_rows_sorted(tmp_path):
 def test_an_id_in_two_folders_is_refused_by_name(tmp_path):
     first = folder_of(tmp_path / "first", {"a.png": "an ant", "b.png": "a bee"})
     second = folder_of(tmp_path / "second", {"b.png": "a bee"})
-    with pytest.raises(BadTableError, match=r"id 'b\.png' stands in more than one folder"):
+    with pytest.raises(BadTableError, match=r"'b\.png' in first, second: it stands there 2 times"):
         load_pairs(f"{first}{os.pathsep}{second}")
-    with pytest.raises(BadTableError, match="more than one folder"):
+    with pytest.raises(BadTableError, match="first, first: it stands there 2 times"):
         load_pairs(f"{first}{os.pathsep}{first}")
     with pytest.raises(BadTableError, match=r"there is no folder .*third"):
         load_pairs(f"{first}{os.pathsep}{tmp_path / 'third'}")

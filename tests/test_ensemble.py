@@ -154,11 +154,11 @@ def test_target_must_fit(models, target):
 
 def test_blend_ends(models, target):
     a, b = models["U"], models["C"]
-    assert ensemble.fit_blend(a, target, target) == pytest.approx(1, abs=1e-4)
-    assert ensemble.fit_blend(target, b, target) == pytest.approx(0, abs=1e-4)
+    assert ensemble.fit_weights([a, target], target)[1] == pytest.approx(1, abs=1e-4)
+    assert ensemble.fit_weights([target, b], target)[1] == pytest.approx(0, abs=1e-4)
     np.testing.assert_allclose(ensemble.mean([a, b], [1, 0]), a, atol=1e-7)
     np.testing.assert_allclose(ensemble.mean([a, b], [0, 1]), b, atol=1e-7)
-    weight = ensemble.fit_blend(a, b, target)
+    weight = ensemble.fit_weights([a, b], target)[1]
     assert 0.5 < weight < 1
     grid = [score(ensemble.mean([a, b], [1 - w, w]), target) for w in np.linspace(0, 1, 101)]
     assert abs(weight - np.argmax(grid) / 100) <= 0.011

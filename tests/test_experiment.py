@@ -150,6 +150,21 @@ def test_columns_of_the_source_named_like_ours_do_no_harm(source, tmp_path):
     assert set(prepared.pairs["artist"]) == {"old master"}
 
 
+def test_prompts_made_plain_keep_the_raw_ones_and_the_report_its_examples(source, tmp_path):
+    table = copy(source, tmp_path)
+    raw = [f"({prompt}:1.2)" for prompt in table["prompt"]]
+    twins = table.iloc[:2].assign(prompt=[f"{prompt}, 8k" for prompt in raw[:2]])
+    twins["file_name"] = [f"z{name}" for name in twins["file_name"]]
+    for name, twin in zip(table["file_name"], twins["file_name"], strict=False):
+        (tmp_path / twin).write_bytes((tmp_path / name).read_bytes())
+    pd.concat([table.assign(prompt=raw), twins]).to_csv(tmp_path / "metadata.csv", index=False)
+    prepared = experiment.prepare(settings(tmp_path, plain=True).data)
+    assert sorted(prepared.pairs["prompt"]) == sorted(table["prompt"])
+    assert sorted(prepared.pairs["raw_prompt"]) == sorted(raw)
+    shown = sorted(tuple(pair) for pair in prepared.report["examples"].iloc[-1])
+    assert shown == sorted((f"{prompt}, 8k", prompt) for prompt in table["prompt"][:2])
+
+
 def test_neighbours_are_chosen_on_validation_not_on_the_test_set(source, monkeypatch):
     profile = settings(source)
     prepared = experiment.prepare(profile.data)
@@ -194,10 +209,10 @@ def test_bad_images_stop_or_are_left_out_of_every_figure(source, tmp_path):
     (tmp_path / prepared.pairs["id"].iloc[broken]).write_bytes(b"<html>404</html>")
     with pytest.raises(BadImageError, match="none of PNG"):
         prepared.images(64)
-    assert (
-        prepared.images(64, "skip").key != experiment.prepare(settings(source).data).images(64).key
-    )
-    store = prepared.images(64, "skip")
+    prepared = experiment.prepare(settings(tmp_path, on_bad="skip").data)
+    store = prepared.images(64)
+    assert store.key != experiment.prepare(settings(source).data).images(64).key
+    assert prepared.bad["id"].tolist() == [prepared.pairs["id"].iloc[broken]]
     scores = prepared.scores(store)
     assert broken not in scores.rows
     assert len(scores.rows) == len(prepared.rows("test")) - 1
@@ -326,7 +341,9 @@ def test_stages_of_ones_own_are_what_is_read(source):
 
     run = experiment.train(profile, "vit", prepared, weight=0.0, epochs=1, stages=hard_first)
     vanilla = experiment.train(profile, "vit", prepared, weight=0.0, epochs=1)
-    rows, hardness = training.run_difficulty(training.load_run(vanilla).difficulty)
+    record = training.load_run(vanilla).difficulty
+    rows = record["row"].to_numpy()
+    hardness = training.hardness_of(rows, record)
     table = training.load_run(run).difficulty.set_index("row")
     first = set(table.index[table["epoch_1"].notna()])
     assert first == set(rows[np.argsort(-hardness)][: len(rows) // 2])

@@ -17,7 +17,7 @@ import toy_front
 from toy_front import SIZE, Deadly, Grid, contents, fronts, open_grid
 
 from rsdlib import data, runtime
-from rsdlib.data import stores
+from rsdlib.data import forward
 from rsdlib.errors import BadImageError, CheckpointError, ConfigError, DeviceError
 
 extraction = importlib.import_module("rsdlib.data.extract")
@@ -203,7 +203,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_for_good_and_said_once(caps
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return inputs.float()
 
-    run = stores.Forward(Large(), torch.device("cpu"))
+    run = forward.Forward(Large(), torch.device("cpu"))
     values = np.arange(10.0, dtype=np.float32)[:, None]
     for _ in range(2):
         assert (run(values) == values).all()

@@ -24,6 +24,7 @@ from huggingface_hub.utils import close_session
 
 from rsdlib import cli, data, files, runtime, weights
 from rsdlib.data import fetch
+from rsdlib.errors import ModelNotFoundError
 
 REAL = REPOSITORY.parent / "shared" / "real" / "sd14"
 NAME = "datasets/poloclub/diffusiondb"
@@ -443,10 +444,67 @@ def test_no_network_and_wrong_addresses(world, online, monkeypatch, capsys):
     world.fault = lambda method, path: hub.Fault(407)
     monkeypatch.setenv("http_proxy", world.endpoint)
     online("http://hub.invalid")
-    assert "407 Proxy Authentication Required" in line()
+    assert "407 Proxy Authentication Required. Give the proxy a name and password" in line()
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
     online("http://hub.invalid")
     assert "Using SOCKS proxy, but the 'socksio' package is not installed" in line()
+    monkeypatch.setenv("http_proxy", "other://user:secret@127.0.0.1:9")
+    online("http://hub.invalid")
+    told = line()
+    assert "Unknown scheme for proxy URL" in told
+    assert "secret" not in told
+    monkeypatch.delenv("http_proxy")
+    online(world.endpoint.replace("http://", "https://"))
+    assert "WRONG_VERSION_NUMBER" in line()
+    online("http://hub.invalid")
+    assert re.search("Name or service not known|name resolution|nodename nor", line())
+
+
+@pytest.mark.parametrize("page", [b"<html>Please log in</html>", b"{}", b'{"error": 1}', b"[[1]]"])
+@pytest.mark.parametrize("methods", ["POST", "HEAD", "GET"])
+def test_a_web_page_in_place_of_an_answer(world, methods, page, capsys):
+    """What a captive portal or a wrong mirror sends."""
+    world.fault = at({methods}, page=page)
+    assert fetched(world, "--parts", 1) == 3
+    line = the_line(capsys)
+    assert re.search(
+        "is no model hub|A mirror may lack|X-Repo-Commit|file should be of size|other bytes", line
+    ), line
+    world.fault = None
+    assert fetched(world, "--parts", 1) == 0
+    assert only_whole_files(world) == ["metadata.parquet", PARTS[0]]
+
+
+DISK_FAULTS = {
+    "ENOTDIR": "Not a directory. Use a folder: a file lies where one should be.",
+    "ENAMETOOLONG": "File name too long. Use a folder with a shorter name.",
+    "EACCES": "Permission denied. Use a folder that you may write to.",
+    "ENOENT": "No such file or directory. Is the folder's disk there? If SSL_CERT_FILE is set, ",
+    "EDQUOT": "Disk quota exceeded. Free some space and run it again, it goes on.",
+    "EIO": "Input/output error. Check the disk, or the network that it is on.",
+    "ESTALE": "Stale file handle. Check the disk, or the network that it is on.",
+}
+
+
+@pytest.mark.parametrize("name", DISK_FAULTS)
+def test_a_fault_of_the_disk_is_not_one_of_the_network(world, name, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.file_download.http_get", refuse)
+        assert fetched(world, "--parts", 1) == 3
+    assert f"{world.folder}: {DISK_FAULTS[name]}" in the_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP"])
+def test_a_disk_on_which_the_hubs_client_cannot_work(models, name, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert run("models", "fetch", VIT) == 3
+    assert "Use a folder on a disk that has locks; HF_HOME leads" in the_line(capsys)
 
 
 # --- checked --------------------------------------------------------------------------------------
@@ -588,6 +646,25 @@ def test_a_model_that_is_here_in_part_is_not_here(models):
     assert weights.whereabouts(VIT)[0] == "cache"
 
 
+def test_a_model_that_is_here_in_part_says_why_the_rest_cannot_come(models, online, capsys):
+    spec = weights.MODELS[VIT]
+    huggingface_hub.hf_hub_download(spec.hub, "config.json", revision=spec.revision)
+    online("http://127.0.0.1:9")
+    assert run("models", "fetch", VIT) == 3
+    assert "neither here nor to be fetched: [Errno 111] Connection refused. Check" in the_line(
+        capsys
+    )
+    with pytest.raises(ModelNotFoundError, match="Connection refused"):
+        weights.locate(VIT)
+
+
+def test_what_comes_unasked_says_its_size_before(models, capsys):
+    models.fault = lambda method, path: hub.Fault(404)
+    with pytest.raises(ModelNotFoundError):
+        weights.locate(SD)
+    assert f"fetching {SD}: about 4.27 GB from CompVis/{SD}" in capsys.readouterr().out
+
+
 def test_registered_checksums_bind_whatever_the_hub_tells(models, monkeypatch, capsys):
     spec = dataclasses.replace(weights.MODELS[VIT], sha256={"model.safetensors": "0" * 64})
     monkeypatch.setitem(weights.MODELS, VIT, spec)
@@ -598,6 +675,10 @@ def test_registered_checksums_bind_whatever_the_hub_tells(models, monkeypatch, c
 
 
 MODEL_FAULTS = {
+    "gated": (hub.Fault(403, {"X-Error-Code": "GatedRepo"}), f"403 Forbidden. {TOKEN}"),
+    "a loop of redirects": (hub.Fault(307, {"Location": "/loop"}), "404 Not Found. "),
+    "451": (hub.Fault(451), f"451 Unavailable For Legal Reasons. {NETWORK}"),
+    "a web page": (hub.Fault(page=b"<html>"), "is missing the 'X-Repo-Commit' header"),
     "401": (hub.Fault(401), f"401 Unauthorized. {TOKEN}"),
     "404": (hub.Fault(404), f"404 Not Found. {GONE}"),
     "429": (hub.Fault(429, {"Retry-After": "9"}), "429 Too Many Requests. Run it again in 9 s"),
@@ -618,6 +699,13 @@ def test_every_fault_of_a_model_is_one_line(models, name, capsys):
     assert run("models", "fetch", VIT) == 0
     content = (weights.locate(VIT) / "model.safetensors").read_bytes()
     assert content == (models.folders[f"timm/{VIT}"] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("page", [b"<html>Please log in</html>", b"[[1]]"])
+def test_a_web_page_in_place_of_a_models_list(models, page, capsys):
+    models.fault = lambda method, path: hub.Fault(page=page) if path.startswith("api") else None
+    assert run("models", "fetch", VIT) == 3
+    assert re.search("is no model hub|to be fetched: .*lacks|404", the_line(capsys))
 
 
 def test_a_model_that_cannot_come_says_why(models, online, capsys):

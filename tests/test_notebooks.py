@@ -1,6 +1,7 @@
 """Notebooks run headless at the smoke size, from anywhere, and what they have trained is used."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from rsdlib import data, experiment, files, predict
 
 @pytest.fixture(scope="module")
 def trained(project, tmp_path_factory):
-    """Run 01 with plain papermill from an unrelated folder, before 00 has ever run."""
+    """Run 01 with plain papermill from an unrelated folder, before 00 has ever run, all cold."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     command = [
         sys.executable,
@@ -27,7 +28,8 @@ def trained(project, tmp_path_factory):
         "profile",
         "smoke",
     ]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+    cold = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, env=cold)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (elsewhere / "out.ipynb").is_file()
     return project

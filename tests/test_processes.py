@@ -75,8 +75,8 @@ def test_other_images_than_planned_are_refused(prepared, monkeypatch):
     planned = trial(prepared, seed=7)
     planned.hand_over()
     again = experiment.planned(planned.folder)
-    assert (again.name, again.config, again.recipe) == (
-        planned.name,
+    assert (again.folder, again.config, again.recipe) == (
+        planned.folder,
         planned.config,
         planned.recipe,
     )

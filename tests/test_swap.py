@@ -117,6 +117,185 @@ def test_one_and_one_point_zero_are_opposites():
             switch_step(start, 50)
 
 
+# In whatever run
+
+
+def with_turns(swapped, own, **how):
+    """Sample; return the timesteps evaluated, by the pipeline's own U-Net and by the swapped."""
+    turns = {"own": [], "all": []}
+    hooks = [
+        unet.register_forward_pre_hook(lambda _, inputs, name=name: turns[name].append(inputs[1]))
+        for name, unet in (("own", own), ("all", swapped.unet))
+    ]
+    try:
+        swapped(**{"prompt": PROMPTS[:1], "output_type": "latent", **how})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    own, everything = ([float(t) for t in turns[name]] for name in turns)
+    assert own == everything[: len(own)], "the pipeline's own comes first"
+    return own, everything[len(own) :]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "evaluations"),
+    [
+        ("DDIMScheduler", [1, 1, 1]),
+        ("LMSDiscreteScheduler", [1, 1, 1]),
+        ("HeunDiscreteScheduler", [2, 2, 1]),
+        ("KDPM2DiscreteScheduler", [2, 2, 1]),
+    ],
+)
+def test_a_step_counts_once_however_often_it_is_evaluated(pipe, encoder, scheduler, evaluations):
+    other = with_scheduler(pipe, scheduler)
+    for start, guidance in ((1, 1.0), (2, 3.0), (1 / 3, 3.0), (1.0, 1.0)):
+        how = {"num_inference_steps": 3, "guidance_scale": guidance}
+        own, swapped = with_turns(swap_encoder(other, encoder, start), pipe.unet, **how)
+        steps = switch_step(start, 3)
+        assert len(own) == sum(evaluations[:steps])
+        assert len(swapped) == sum(evaluations[steps:])
+
+
+def test_a_timestep_that_a_sampler_repeats_is_one_step(pipe, encoder):
+    from diffusers import PNDMScheduler
+
+    other = with_scheduler(pipe, "DDIMScheduler")
+    other.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    counts = []
+    for start in (1, 2, 4):
+        own, swapped = with_turns(swap_encoder(other, encoder, start), pipe.unet, **FOUR)
+        counts.append((len(own), len(swapped)))
+    assert counts == [(1, 4), (3, 2), (5, 0)]
+
+
+FOUR = {"num_inference_steps": 4}
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler"])
+def test_a_scheduler_of_ones_choice_set_after_the_swap(pipe, encoder, scheduler):
+    import diffusers
+
+    swapped = swap_encoder(pipe, encoder, 1)
+    swapped.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    own, others = with_turns(swapped, pipe.unet, **FOUR)
+    assert len(own) == swapped.scheduler.order
+    assert max(others) <= own[-1]
+    assert pipe.scheduler.timesteps is not swapped.scheduler.timesteps
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler"])
+@pytest.mark.parametrize("handed_on", [True, False])
+def test_image_to_image_counts_the_steps_that_are_left(pipe, encoder, scheduler, handed_on):
+    """Also where the swapped U-Net is handed on, and the pipeline it was swapped in never runs."""
+    import diffusers
+
+    def image_to_image(pipe):
+        kind = diffusers.StableDiffusionImg2ImgPipeline
+        return kind(**pipe.components, requires_safety_checker=False)
+
+    if handed_on:
+        first = with_scheduler(pipe, "PNDMScheduler")  # has no timesteps before it runs
+        swapped = image_to_image(swap_encoder(first, encoder, 1))
+    else:
+        swapped = swap_encoder(image_to_image(pipe), encoder, 1)
+    swapped.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    swapped.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    how = {"num_inference_steps": 6, "strength": 0.5, "image": picture}
+    own, others = with_turns(swapped, pipe.unet, **how)
+    assert len(set(own)) == swapped.scheduler.order
+    assert others
+
+
+def test_timesteps_and_sigmas_of_ones_own(pipe, encoder):
+    for name, own in (
+        ("DDPMScheduler", {"timesteps": [900, 500, 100]}),
+        ("EulerDiscreteScheduler", {"timesteps": [900, 500, 100]}),
+        ("EulerDiscreteScheduler", {"sigmas": [9.0, 3.0, 1.0, 0.1]}),
+        ("HeunDiscreteScheduler", {"timesteps": [900, 500, 100]}),
+    ):
+        other = with_scheduler(pipe, name)
+        before, after = with_turns(swap_encoder(other, encoder, 1), pipe.unet, **own)
+        assert len(before) == other.scheduler.order
+        assert before + after == other.scheduler.timesteps.tolist()
+
+
+def test_runs_do_not_touch_each_other(pipe, encoder):
+    """Several in a row, of any length, one that is interrupted, one that fails."""
+    swapped = swap_encoder(with_scheduler(pipe, "HeunDiscreteScheduler"), encoder, 0.5)
+
+    def stop(running, *_):
+        running._interrupt = True
+        return {}
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    for steps in (4, 2, 4):
+        own, others = with_turns(swapped, pipe.unet, num_inference_steps=steps)
+        assert (len(own), len(others)) == (steps, steps - 1)
+        with_turns(swapped, pipe.unet, **FOUR, callback_on_step_end=stop)
+        with pytest.raises(KeyboardInterrupt):
+            with_turns(swapped, pipe.unet, **FOUR, callback_on_step_end=fail)
+    own, others = with_turns(swapped, pipe.unet, **FOUR, num_images_per_prompt=2)
+    assert (len(own), len(others)) == (4, 3)
+
+
+def test_a_copy_counts_its_own_run(pipe, encoder):
+    import copy
+
+    swapped = swap_encoder(pipe, encoder, 1)
+    with_turns(swapped, pipe.unet, num_inference_steps=2)
+    twin = copy.deepcopy(swapped)
+    twin.set_progress_bar_config(disable=True)
+    own, others = with_turns(twin, twin.unet.forward.own, **FOUR)
+    assert (len(own), len(others)) == (1, 3)
+    before = sample(pipe)
+    with torch.no_grad():
+        next(twin.unet.forward.own.parameters()).zero_()
+    np.testing.assert_array_equal(sample(pipe), before)
+
+
+@pytest.mark.parametrize("moved", ["the swapped", "the one handed in"])
+def test_either_pipeline_may_be_moved(folder, encoder, moved):
+    pipe = models.open_pipeline(folder, "cpu")
+    swapped = swap_encoder(pipe, encoder, 1)
+    (swapped if moved == "the swapped" else pipe).to(torch.float64)
+    own, others = with_turns(swapped, pipe.unet, **FOUR)
+    assert (len(own), len(others)) == (1, 3)
+    sample(pipe)
+
+
+def test_a_swap_of_a_swap(pipe, encoder, folder):
+    """The first encoder's swap comes first; its pipeline is not copied."""
+    first = swap_encoder(pipe, encoder, 1)
+    second = swap_encoder(first, own_encoder(folder), 2)
+    assert second.text_encoder is pipe.text_encoder
+    runs = [with_turns(second, unet, **FOUR)[0] for unet in (pipe.unet, first.unet)]
+    assert [len(run) for run in runs] == [1, 2]
+
+
+def test_a_loop_of_ones_own(pipe, encoder):
+    """It may use the pipeline's scheduler; steps of another cannot be told."""
+    from diffusers import EulerDiscreteScheduler
+
+    swapped = swap_encoder(with_scheduler(pipe, "PNDMScheduler"), encoder, 1)
+    prompt = torch.zeros(1, 8, pipe.unet.config.cross_attention_dim)
+    latents = torch.zeros(1, 4, 16, 16)
+    with pytest.raises(BadValueError, match="cannot tell the step of timestep 900"):
+        swapped.unet(latents, torch.tensor(900), prompt)
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    swapped.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    swapped.scheduler.set_timesteps(3)
+    with torch.no_grad():
+        for _ in range(2):
+            for timestep in swapped.scheduler.timesteps:
+                swapped.unet(latents, timestep, encoder_hidden_states=prompt)
+    hook.remove()
+    assert len(calls) == 2
+
+
 # What is swapped
 
 
@@ -248,3 +427,85 @@ def test_rows_are_sampled_as_they_say(pipe):
         assert np.abs(image.astype(int) - alone).max() <= 1
     with pytest.raises(BadTableError, match=r"step.*cfg"):
         models.sample_rows(pipe, rows[["prompt", "seed"]])
+
+
+ROWS = {"prompt": PROMPTS[:1] * 3, "seed": [3, 4, 5], "step": [2] * 3, "cfg": [2.0] * 3}
+
+
+def test_rows_have_their_own_size(pipe, capsys):
+    import pandas as pd
+
+    sizes = {"width": [16, 24, 0], "height": [48, None, 40], "sampler": ["ddim"] * 3}
+    images = models.sample_rows(pipe, pd.DataFrame({**ROWS, **sizes}))
+    assert [image.shape for image in images] == [(48, 16, 3), (32, 24, 3), (40, 32, 3)]
+    assert "size of 2 rows" in capsys.readouterr().out
+    alone = models.sample(pipe, PROMPTS[:1], [3], 2, 2.0, height=48, width=16)[0]
+    assert np.abs(images[0].astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "scheduler"),
+    [
+        (1, "ddim", "DDIMScheduler"),
+        (2.0, "plms", "PNDMScheduler"),
+        (3, "k_euler", "EulerDiscreteScheduler"),
+        (4, "k_euler_ancestral", "EulerAncestralDiscreteScheduler"),
+        ("5", "k_heun", "HeunDiscreteScheduler"),
+        (6, "k_dpm_2", "KDPM2DiscreteScheduler"),
+        (7, "k_dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"),
+        (np.uint8(8), "k_lms", "LMSDiscreteScheduler"),
+    ],
+)
+def test_rows_have_their_own_sampler(pipe, monkeypatch, code, name, scheduler):
+    import pandas as pd
+
+    used = []
+
+    def drawn(pipe, prompts, seeds, *how):
+        used.append((type(pipe.scheduler).__name__, pipe.scheduler.config))
+        return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(sampling, "sample", drawn)
+    for sampler in (code, name):
+        models.sample_rows(pipe, pd.DataFrame({**ROWS, "sampler": [sampler] * 3}))
+    assert [kind for kind, _ in used] == [scheduler] * 6
+    assert all(config["beta_end"] == pipe.scheduler.config.beta_end for _, config in used)
+    assert used[0][1].get("skip_prk_steps") is (True if name == "plms" else None)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+
+
+def test_another_sampler_paints_another_picture(pipe):
+    import pandas as pd
+
+    rows = pd.DataFrame({**ROWS, "seed": [3] * 3, "sampler": [8, 1, 4]})
+    euler = with_scheduler(pipe, "EulerAncestralDiscreteScheduler")
+    lms, ddim, ancestral = models.sample_rows(pipe, rows)
+    assert (lms != ddim).any()
+    for image, own in ((ddim, pipe), (ancestral, euler)):
+        alone = models.sample(own, PROMPTS[:1], [3], 2, 2.0)[0]
+        assert np.abs(image.astype(int) - alone).max() <= 1
+
+
+def test_samplers_that_are_not_known_are_said_not_guessed(pipe, capsys):
+    import pandas as pd
+
+    same = pd.DataFrame({**ROWS, "seed": [3] * 3, "width": 32, "height": 32})
+    own = models.sample_rows(pipe, same.assign(sampler=[9, 1, None]))
+    assert "sampler of 2 rows" in capsys.readouterr().out
+    np.testing.assert_array_equal(own[0], own[2])
+    models.sample_rows(pipe, same.iloc[:1].assign(sampler="k_dpm_adaptive"))
+    assert "sampler of 1 rows" in capsys.readouterr().out
+    models.sample_rows(pipe, same.iloc[:1].assign(sampler="ddim"))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": [3, None, 5]}, {"step": [2, 0, 2]}, {"cfg": ["2", "?", "2"]}, {"width": [8, 9, 8]}],
+)
+def test_rows_that_cannot_be_sampled_again_are_named(pipe, changes):
+    import pandas as pd
+
+    rows = pd.DataFrame({**ROWS, "height": [8] * 3, "id": ["a", "b", "c"], **changes})
+    with pytest.raises(BadTableError, match=r"no image can be sampled as .*'id': 'b'"):
+        models.sample_rows(pipe, rows)

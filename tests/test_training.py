@@ -21,8 +21,9 @@ import tiny
 import torch
 import toy
 import toy_blip
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsdlib import files, training
+from rsdlib import files, runtime, training
 from rsdlib.config import TrainConfig, replace
 from rsdlib.data import PairStore, evaluating, pack
 from rsdlib.errors import (
@@ -212,6 +213,23 @@ def test_difficulty_is_the_similarity_of_the_training_pass_itself(tmp_path):
     expected = torch.nn.functional.cosine_similarity(embedding, target)
     folder = toy.train(model, tmp_path, replace(toy.CONFIG, batch_size=50, epochs=1))
     np.testing.assert_allclose(training.load_run(folder).difficulty["epoch_1"], expected, atol=1e-6)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """As an Apple GPU, refuses whatever makes float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            raise TypeError(f"{function}: the MPS framework doesn't support float64")
+        return made
+
+
+def test_training_needs_no_float64_on_an_apple_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "exact", lambda on: torch.float32)
+    with WithoutFloat64():
+        toy.fit(tmp_path)
+    assert runs.is_finished(tmp_path)
 
 
 # --- resume ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from test_experiment import settings, source
 
 from rsdlib import config, data, experiment, files, models, predict, training
-from rsdlib.data import stores
+from rsdlib.data import forward
 from rsdlib.errors import CheckpointError
 
 
@@ -125,7 +125,9 @@ def test_papers_curriculum_begins_with_what_was_easy_before(source, folders):
     prepared = experiment.prepare(chosen.data)
     ours = experiment.train(chosen, "vit", prepared, weight=0.0, curriculum="ours", epochs=3)
     vanilla = experiment.train(chosen, "vit", prepared, weight=0.0, epochs=3)
-    rows, hardness = training.run_difficulty(training.load_run(vanilla).difficulty)
+    record = training.load_run(vanilla).difficulty
+    rows = record["row"].to_numpy()
+    hardness = training.hardness_of(rows, record)
     table = training.load_run(ours).difficulty.set_index("row")
     first = table.index[table["epoch_1"].notna()]
     easy = dict(zip(rows.tolist(), hardness.tolist(), strict=True))
@@ -171,14 +173,14 @@ def test_another_difficulty_is_another_run(source, folders, monkeypatch):
 
 
 def test_features_are_computed_once_for_all_runs_of_a_front(source, folders, monkeypatch):
-    calls, original = [], stores.Forward.__call__
+    calls, original = [], forward.Forward.__call__
 
     def counted(self, inputs):
         if isinstance(self.model, models.unet.Latents):  # the front
             calls.append(len(inputs))
         return original(self, inputs)
 
-    monkeypatch.setattr(stores.Forward, "__call__", counted)
+    monkeypatch.setattr(forward.Forward, "__call__", counted)
     chosen = world(source, folders)
     prepared = experiment.prepare(chosen.data)
     experiment.train(chosen, "unet", prepared, weight=0.0, epochs=1)

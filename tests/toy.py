@@ -71,12 +71,19 @@ def model(dropout=0.2, words=20, dim=12, seed=0):
     return PromptRegressor(Backbone(dropout), "sequential", words, dim)
 
 
+class NormAct(nn.BatchNorm1d):
+    """A BatchNorm and its activation in one layer, as timm's convolutional encoders have them."""
+
+    def forward(self, rows):
+        return nn.functional.gelu(super().forward(rows))
+
+
 def normed(dropout=0.2):
     """Return the model with a BatchNorm, which cannot train on a single sample."""
     changed = model(dropout)
     # Its gradient is zero but for rounding, of which Adam would make whole steps.
     changed.backbone.body[1].bias.requires_grad_(False)
-    changed.backbone.body.insert(2, nn.BatchNorm1d(16))
+    changed.backbone.body.insert(2, NormAct(16))
     return changed
 
 

@@ -1,33 +1,63 @@
 """Figures as functions: data in, matplotlib axes (or a whole figure of pictures) out.
 
-No pyplot state; colours are safe for the colour-blind.
+No pyplot state; colours are safe for the colour-blind. Text is data: from here on neither figures
+nor tables in notebooks read any mathematics in it, and each character has a font or a box.
 """
 
+import re
 import textwrap
-from itertools import zip_longest
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import rcParams, style
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, LogFormatterMathtext, MaxNLocator, PercentFormatter
 
 from rsdlib import files, runtime
 from rsdlib.analysis.metrics import each_training
 
-# Okabe and Ito's palette, distinguishable under every common colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#7F7F7F"
-_LEGEND = {"fontsize": 8, "frameon": False}
+MOST = 12  # lines of a paragraph below a picture
+
+style.use(Path(__file__).parent / "house.mplstyle")
+_FONTS = fontManager.get_font_names()
+rcParams["font.family"] = [name for name in rcParams["font.family"] if name in _FONTS]
+LogFormatterMathtext.__call__ = LogFormatter.__call__  # powers of ten would be mathematics
+pd.options.display.html.use_mathjax = False
+
+
+def plain(text, most=80):
+    """Return text fit to be drawn: what no font shows becomes a space or an escape.
+
+    Such as tabs, marks that turn the direction of writing, and halves of a character; line breaks
+    stay.
+
+    Parameters
+    ----------
+    text : object
+    most : int
+        Characters; longer text is cut and ends with an ellipsis.
+
+    Returns
+    -------
+    str
+    """
+    text = re.sub(r"[^\S\n]", " ", str(text))
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
 def _axes(ax, height=3.6):
-    ax = ax if ax is not None else Figure((6.4, height), layout="constrained").add_subplot()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.set_prop_cycle(color=COLOURS)
-    return ax
+    return ax if ax is not None else Figure((6.4, height), layout="constrained").add_subplot()
+
+
+def _legend(ax, drawn, **how):
+    """Name what was drawn, by name, also where that begins with an underscore."""
+    ax.legend(drawn.values(), map(plain, drawn), **how)
 
 
 def _bounds(estimates):
@@ -50,9 +80,8 @@ def save_figure(figure, path):
         The path.
     """
     figure = getattr(figure, "figure", figure)
-    how = {"format": "png", "dpi": 150, "facecolor": "white", "metadata": {"Software": None}}
     with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, **how)
+        figure.savefig(temporary, format="png", metadata={"Software": None})
     runtime.log(f"figure: {files.relative(path)}")
     return path
 
@@ -74,8 +103,8 @@ def plot_report(report, *, ax=None):
     """
     ax = _axes(ax, height=0.36 * len(report) + 1)
     rules, left, taken = report["rule"], report["rows_out"], report["rows_in"] - report["rows_out"]
-    ax.barh(rules, left, color=COLOURS[0])
-    dropped = ax.barh(rules, taken, left=left, color=COLOURS[1])
+    ax.barh(rules, left, color="C0")
+    dropped = ax.barh(rules, taken, left=left, color="C1")
     ax.bar_label(dropped, [f" {count:,}" for count in taken], fontsize=8, color=GREY)
     ax.invert_yaxis()
     ax.grid(visible=False)
@@ -99,17 +128,18 @@ def plot_curves(runs, *, ax=None):
     Axes
     """
     ax = _axes(ax)
-    for (name, several), colour in zip(runs.items(), COLOURS, strict=False):
-        for label, metrics in zip_longest([name], each_training(several)):
+    drawn = {}
+    for number, (name, several) in enumerate(runs.items()):
+        for metrics in each_training(several):
             epochs = metrics.dropna(subset="val_similarity")
             epochs = epochs.set_index(epochs["epoch"] + 1)
-            validation = epochs["val_similarity"]
+            validation, colour = epochs["val_similarity"], f"C{number}"
             ax.plot(epochs["train_similarity"], "--", color=colour, linewidth=1.2)
-            ax.plot(validation, color=colour, label=label)
+            (drawn[name],) = ax.plot(validation, color=colour)
             ax.plot(validation.nlargest(1), "o", color=colour)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="mean cosine similarity")
-    ax.legend(title="validation; training dashed, best epoch dotted", title_fontsize=8, **_LEGEND)
+    _legend(ax, drawn, title="validation; training dashed, best epoch dotted")
     return ax
 
 
@@ -136,11 +166,11 @@ def plot_scores(rows, *, reference=None, of="cosine", label=ON_TEST, ax=None):
     above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
     for place, row in enumerate(rows):
         mean, reach = _bounds([row[of]])
-        ax.errorbar(mean, place, xerr=reach, fmt="o", color=COLOURS[0], linewidth=2)
+        ax.errorbar(mean, place, xerr=reach, fmt="o", color="C0", linewidth=2)
         ax.annotate(f"{mean[0]:.3f}", (mean[0], place), **above)
         if row["method"] in (reference or {}):
-            ax.plot(reference[row["method"]], place, "D", markerfacecolor="none", color=COLOURS[1])
-    ax.set_yticks(range(len(rows)), [row["method"] for row in rows])
+            ax.plot(reference[row["method"]], place, "D", markerfacecolor="none", color="C1")
+    ax.set_yticks(range(len(rows)), [plain(row["method"]) for row in rows])
     ax.grid(visible=False, axis="y")
     most = max(row[of].get("trainings", 1) for row in rows)
     note = f"\nover prompts and {most} trainings" if most > 1 else ""
@@ -165,13 +195,12 @@ def plot_recall(ranks, candidates, *, ax=None):
     """
     ax = _axes(ax)
     k = np.arange(1, candidates + 1)
-    for name, values in ranks.items():
-        ax.ecdf(values, label=name)
-    ax.plot(k, k / candidates, ":", color=GREY, label="chance")
+    drawn = {name: ax.ecdf(values) for name, values in ranks.items()}
+    (chance,) = ax.plot(k, k / candidates, ":", color=GREY)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(xscale="log", xlim=(1, candidates), xlabel=f"k (of {candidates:,} prompts)")
     ax.set(ylim=(0, 1), ylabel="true prompt among the k nearest")
-    ax.legend(**_LEGEND)
+    _legend(ax, drawn | {"chance": chance})
     return ax
 
 
@@ -201,7 +230,7 @@ def plot_maps(table, value, *, x, y, by):
         seaborn.heatmap(grid, ax=ax, cbar=False, **look, **limits)
         if best[by] == name:
             corner = grid.columns.get_loc(best[x]), grid.index.get_loc(best[y])
-            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.5))
+            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="C1", linewidth=2.5))
         ax.set_title(f"{by} = {name}")
     return figure
 
@@ -222,13 +251,13 @@ def plot_lines(lines, x, *, xlabel, ylabel, ax=None):
     Axes
     """
     ax = _axes(ax)
-    places = np.arange(len(x))
+    drawn, places = {}, np.arange(len(x))
     for number, (name, estimates) in enumerate(lines.items()):
         shift = 0.06 * (number - (len(lines) - 1) / 2)  # so that intervals do not hide each other
-        ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", ms=4, capsize=2, label=name)
-    ax.set_xticks(places, x)
+        drawn[name] = ax.errorbar(places + shift, *_bounds(estimates), fmt="o-", ms=4, capsize=2)
+    ax.set_xticks(places, map(plain, x))
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(**_LEGEND)
+    _legend(ax, drawn)
     return ax
 
 
@@ -245,15 +274,15 @@ def plot_points(points, *, xlabel, ylabel, ax=None):
     -------
     Axes
     """
-    ax = _axes(ax)
+    ax, drawn = _axes(ax), {}
     for number, (name, (x, estimate)) in enumerate(points.items()):
-        marker = "os^"[number // len(COLOURS) % 3]
+        marker = "os^"[number // 7 % 3]  # another one after each round of the colours
         x = x if isinstance(x, dict) else dict.fromkeys(("mean", "low", "high"), x)
         (place, width), (mean, height) = _bounds([x]), _bounds([estimate])
-        ax.errorbar(place, mean, height, width, fmt=marker, capsize=3, label=name)
+        drawn[name] = ax.errorbar(place, mean, height, width, fmt=marker, capsize=3)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), **_LEGEND)
+    _legend(ax, drawn, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
@@ -267,7 +296,7 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
     ----------
     images : sequence of arrays (h, w, 3) or (3, h, w), uint8, or PIL images
     captions : sequence of str
-        Line breaks are kept, long lines wrapped.
+        Line breaks are kept, long lines wrapped, very long ones cut.
     columns, wrap, size : int
         Pictures a row, characters a line, font size.
     width : float
@@ -277,7 +306,7 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
     -------
     Figure
     """
-    texts = ["\n".join(textwrap.fill(line, wrap) for line in c.split("\n")) for c in captions]
+    texts = [_wrapped(caption, wrap) for caption in captions]
     rows = [texts[start : start + columns] for start in range(0, len(texts), columns)]
     lines = sum(max(text.count("\n") + 2 for text in row) for row in rows)
     height = len(rows) * width / columns + lines * size * 1.25 / 72
@@ -288,3 +317,13 @@ def plot_images(images, captions, *, columns=4, width=11.0, wrap=34, size=8):
         ax.imshow(pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels)
         ax.set_xlabel(text, loc="left", multialignment="left", fontsize=size)
     return figure
+
+
+def _wrapped(text, wrap):
+    """Return text in lines of so many characters, half as many of wide ones, the longest cut."""
+    lines = []
+    for line in plain(text, len(text)).split("\n"):
+        wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
+        width = max(wrap * len(line) // (len(line) + wide), 2) if wide else wrap
+        lines += textwrap.wrap(line, width, max_lines=MOST, placeholder=" …") or [""]
+    return "\n".join(lines if len(lines) <= 3 * MOST else [*lines[: 3 * MOST], "…"])

@@ -4,11 +4,15 @@ A stored row has ``method``, a score (``cosine``, or ``RefCLIPScore`` in table 1
 `Estimate`, its paired comparisons, and in table 2 ``steps``, of training.
 """
 
+import html
+import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 from rsdlib import files
 from rsdlib.analysis.metrics import Comparison, Estimate
+from rsdlib.analysis.plots import plain
 from rsdlib.errors import CacheError
 
 _PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text(encoding="utf-8"))
@@ -138,7 +142,7 @@ def markdown(tables):
         shown = []
         for row in rows:
             score, paper = Estimate(**row["score"]), row["paper"]
-            cells = [row["method"], *[row["steps"] or ""] * steps, score.trainings, score]
+            cells = [_literal(row["method"]), *[row["steps"] or ""] * steps, score.trainings, score]
             shown.append([*cells, *_told(row["gain"]), f"{paper:.4f}" if paper else ""])
         title = f"**Table {number}. {TITLES[table]}**"
         lines += [title, "", *_table(names, shown), *_shares(rows), ""]
@@ -147,7 +151,13 @@ def markdown(tables):
 
 def _told(gain):
     """Return a comparison and its verdict as two cells, empty where there is none."""
-    return (gain, gain.verdict) if gain else ("", "")
+    return (replace(gain, over=_literal(gain.over)), gain.verdict) if gain else ("", "")
+
+
+def _literal(text):
+    """Return text that Markdown shows as it stands, in one line."""
+    text = html.escape(" ".join(plain(text).split()), quote=False)
+    return re.sub(r"[\\`*_|$~\[\]]", r"\\\g<0>", text)
 
 
 def _table(names, rows):
@@ -189,13 +199,14 @@ def real_pictures(folder):
             cosine = Estimate(**row["cosine"])
             rank = f"{row['median_rank']:g} of {row['candidates']}", f"{row['recall@1']:.0%}"
             told = _told(_shown(gains(row)))
-            rows.append([row["method"], cosine.trainings, cosine, *told, *rank])
+            rows.append([_literal(row["method"]), cosine.trainings, cosine, *told, *rank])
         for name, row in stored["splits"].items():
             rank = f"{row['median rank']:g} of {row['of']}", f"{row['first']:.0%}"
-            reader = f"{stored['turns']} splits, {name}"
+            reader = f"{stored['turns']} splits, {_literal(name)}"
             told = [f"{row['cosine']:.4f}", row["gain over constant"], ""]
             rows += [[reader, "", *told, *rank]] * (not name.startswith("split"))
-        lines += [f"**`{path.stem[3:]}`**, a split by prompt", "", *_table(names, rows), ""]
+        name, fence = plain(path.stem[3:]), "`" * (1 + path.stem.count("`"))
+        lines += [f"**{fence}{name}{fence}**, a split by prompt", "", *_table(names, rows), ""]
     return "\n".join(lines)
 
 

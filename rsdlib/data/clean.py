@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pandas as pd
@@ -17,19 +17,12 @@ import pyarrow.compute as pc
 
 from rsdlib import runtime
 from rsdlib.config import CleanConfig
+from rsdlib.data.prompts_in_images import BOILERPLATE, FIND, plain
 from rsdlib.errors import BadTableError, BadValueError, ConfigError
 
 # --- identity -------------------------------------------------------------------------------------
 
-_CONTROLS = r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"  # without those that are white space
-# Soft hyphen, bidi, zero-width: no glyph needs them.
-_MARKS = r"\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
-# Unicode's Default_Ignorable_Code_Point: joiners, variation selectors, fillers, tags, and _MARKS.
-_IGNORABLE = r"\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-_IGNORABLE += r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
-_IGNORABLE += r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
-_drop_marks = re.compile(f"[{_CONTROLS}{_MARKS}]").sub
-_drop_ignorable = re.compile(f"[{_CONTROLS}{_IGNORABLE}]").sub
+_drop_marks, _drop_ignorable = FIND["marks"].sub, FIND["ignorable"].sub
 _find_words = re.compile(r"\w+").findall
 _SPACED = bytes(n if n < 128 and _find_words(chr(n)) else 32 for n in range(256))
 
@@ -72,6 +65,11 @@ def normalise(prompt):
         return " ".join(prompt.lower().split())
     text = unicodedata.normalize("NFKC", _drop_ignorable("", valid_text(prompt)))
     return " ".join(unicodedata.normalize("NFKC", text.casefold()).split())
+
+
+def wording(prompt):
+    """Return the text in which a prompt's words are found: its plain form, normalised."""
+    return normalise(plain(prompt))
 
 
 def prompt_key(prompt):
@@ -190,11 +188,14 @@ def choose_bands(threshold, miss):
 def near_duplicates(prompts, threshold=0.8, seed=0):
     """Find prompts that repeat an earlier one up to a few words.
 
-    Prompt i is dropped if and only if some earlier *kept* prompt has a token-set Jaccard similarity
-    of at least `threshold` with it. Candidates agree in a band of their MinHash signatures; each is
-    verified exactly, so nothing is dropped falsely. A true pair at the threshold is missed with a
-    probability below 0.5 %, closer ones far less. Prompts without any word are compared as
-    normalised text.
+    Prompt i is dropped if and only if it repeats some earlier *kept* prompt: the Jaccard similarity
+    of their sets of words is at least `threshold`, both of all words and of those that say
+    something. Prompts are read in their plain form, see `plain`; what all share, such as "best
+    quality, 8k" (``prompts_in_images.toml``), says nothing, unless a prompt has nothing else. Where
+    two say the same, that is enough, below a threshold of 1. Candidates agree in a band of their
+    MinHash signatures; each is verified exactly, so nothing is dropped falsely. A true pair at the
+    threshold is missed with a probability below 0.5 %, closer ones far less. Prompts without any
+    word are compared as normalised text.
 
     Parameters
     ----------
@@ -214,31 +215,47 @@ def near_duplicates(prompts, threshold=0.8, seed=0):
     ConfigError
         `threshold` is out of range.
     """
+    return repeated_prompts(prompts, threshold, seed) >= 0
+
+
+def repeated_prompts(prompts, threshold, seed=0):
+    """Return which kept prompt each one repeats, as `near_duplicates` says; -1 where it stays."""
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold = {threshold!r} is out of range", "It must lie in (0, 1].")
-    words, numbers, starts = word_sets(map(normalise, check_texts(prompts)))
+    prompts = check_texts(prompts)
+    words, numbers, starts = word_sets(map(wording, prompts), BOILERPLATE)
     hashes = pd.util.hash_array(np.array(words, dtype=object))
     signatures = _shared_bands(hashes, numbers, starts, choose_bands(threshold, 0.005), seed)
 
-    def tokens(i):
-        return frozenset(numbers[starts[i] : starts[i + 1]].tolist())
+    def alike(*pair):
+        said = jaccard(*(numbers[starts[i] : starts[i + 1]].tolist() for i in pair))
+        wordings = (wording(prompts[i]) for i in pair)
+        words = (find_words(text) or [text] for text in wordings)  # read where it comes to that
+        return said >= threshold and (said == 1 > threshold or jaccard(*words) >= threshold)
 
     kept = defaultdict(list)  # a band and what stands in it -> kept prompts
-    drop = np.zeros(len(starts) - 1, dtype=bool)
+    repeated = np.full(len(starts) - 1, -1)
     for i in np.flatnonzero(signatures.any(axis=0)).tolist():
-        own, bands = tokens(i), signatures[:, i][signatures[:, i] > 0].tolist()
-        others = map(tokens, {other for band in bands for other in kept[band]})
-        drop[i] = any(len(own & other) / len(own | other) >= threshold for other in others)
-        for band in () if drop[i] else bands:
+        bands = signatures[:, i][signatures[:, i] > 0].tolist()
+        others = sorted({other for band in bands for other in kept[band]})
+        repeated[i] = next((j for j in others if alike(i, j)), -1)
+        for band in bands if repeated[i] < 0 else ():
             kept[band].append(i)
-    return drop
+    return repeated
 
 
-def word_sets(texts):
+def jaccard(one, other):
+    """Return the Jaccard similarity of two collections of words, as sets."""
+    one, other = set(one), set(other)
+    return len(one & other) / len(one | other)
+
+
+def word_sets(texts, boilerplate):
     """Return which words are in which of an iterator of texts; one without any counts as a word.
 
     Returns the words; the numbers (t,) of the first text's, each once, then those of the second's,
-    and so on; and where among them each text begins (n + 1,).
+    and so on; and where among them each text begins (n + 1,). Words in `boilerplate` count only
+    where a text has no others, those that it marks with 1 wherever they stand alone.
     """
     numbering = defaultdict(itertools.count().__next__)  # word -> its number
     numbers, counts = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
@@ -246,14 +263,26 @@ def word_sets(texts):
         lines = [_words_alone(text).strip() or text.replace(" ", "\0") or "\0" for text in chunk]
         words = pc.ascii_split_whitespace(lines)
         found = words.flatten().dictionary_encode()
-        known = np.array([numbering[word] for word in found.dictionary.to_pylist()])
+        entries, found = found.dictionary.to_pylist(), found.indices.to_numpy()
+        known = np.array([numbering[word] for word in entries])[found]
+        marks = np.array([boilerplate.get(word, 0) for word in entries])[found]
+        rows = pc.list_parent_indices(words).to_numpy()
         # Text and word in one number: sorted, the words of a text stand together.
-        pairs = pc.list_parent_indices(words).to_numpy() << 32 | known[found.indices.to_numpy()]
+        pairs = (rows << 32 | known)[_says_something(rows, marks)]
         pairs.sort()
         pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # a tenth of the time of `np.unique`
         numbers.append(pairs.astype(np.int32))  # its lower half
         counts.append(np.bincount(pairs >> 32))
     return [*numbering], np.concatenate(numbers), np.concatenate(counts).cumsum()
+
+
+def _says_something(rows, marks):
+    """Tell which of the words (t,) of texts `rows` are no boilerplate, or all that a text has."""
+    empty = marks == 2
+    beside = (rows[1:] == rows[:-1]) & (marks[1:] > 0) & (marks[:-1] > 0)
+    empty[1:] |= beside
+    empty[:-1] |= beside
+    return ~empty | (np.bincount(rows, ~empty)[rows] == 0)
 
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: the order of hashes tells
@@ -282,29 +311,34 @@ def _shared_bands(hashes, numbers, starts, bands, seed):
 
 # --- cleaning -------------------------------------------------------------------------------------
 
+_EXAMPLES = 5  # of near-duplicates, and of reasons, in a report
+
 
 def clean(pairs, config=None):
     """Keep the pairs worth training on, and say what each rule did.
 
     Rules, in this order: missing prompts (the *words* "None" and "nan" are prompts like any other);
-    white space and invisible marks tidied; nothing to read; length; language; NSFW scores, where
-    the table has them (a pair without a score stays); exact duplicates; near-duplicates, with all
-    pairs of a dropped prompt. Among duplicates the smallest `id` stays: which pairs survive does
-    not depend on the order of the rows.
+    white space and invisible marks tidied, dialects too where `config` says so; nothing to read;
+    length; language; NSFW scores, where the table has them (a pair without a score stays); exact
+    duplicates; near-duplicates, with all pairs of a dropped prompt. Among duplicates the smallest
+    `id` stays: which pairs survive does not depend on the order of the rows.
 
     Parameters
     ----------
     pairs : DataFrame
-        Columns ``id`` (unique) and ``prompt``, optionally ``image_nsfw`` and ``prompt_nsfw``;
-        others pass through.
+        Columns ``id`` (unique) and ``prompt``, optionally ``image_nsfw`` and ``prompt_nsfw``, and
+        ``reason``: why a prompt is missing; others pass through.
     config : CleanConfig, optional
 
     Returns
     -------
     kept : DataFrame
-        In the order and with the columns of `pairs`, plus ``key``, the identity of the prompt.
+        In the order and with the columns of `pairs`, plus ``key``, the identity of the prompt, and
+        ``raw_prompt`` where the plain form takes the prompt's place.
     report : DataFrame
-        One row per rule: rule, rows_in, rows_out, changed (rows whose prompt was altered), note.
+        One row per rule: rule, rows_in, rows_out, changed (rows whose prompt was altered), note,
+        examples (the first near-duplicates: lists of a dropped prompt and the kept one that it
+        repeats).
 
     Raises
     ------
@@ -315,6 +349,8 @@ def clean(pairs, config=None):
     for column in ("id", "prompt"):
         if column not in pairs:
             raise BadTableError(f"the pairs have no column {column!r}", f"They have {[*pairs]}.")
+    if config.plain and "raw_prompt" not in pairs:
+        pairs = pairs.assign(raw_prompt=pairs["prompt"])
     order = pairs["id"].array.argsort()
     ids = pairs["id"].array[order]
     repeated = ids[1:][ids[1:] == ids[:-1]]
@@ -330,16 +366,21 @@ def clean(pairs, config=None):
     left = order[rule[order] == ""]
     copy = pd.Series(left).groupby(keys[left]).cumcount().to_numpy()
     rule[left[copy >= config.images_per_prompt]] = "duplicates"
-    compared = "off"
+    compared, examples = "off", []
     if config.near_duplicate is not None:
         first = left[copy == 0]
-        drop = near_duplicates(texts["prompt"].array[number[first]], config.near_duplicate)
+        prompts = texts["prompt"].array[number[first]]
+        repeated = repeated_prompts(prompts, config.near_duplicate)
+        drop = np.flatnonzero(repeated >= 0)
         rule[(rule == "") & np.isin(keys, keys[first[drop]])] = "near-duplicates"
-        compared = f"{drop.sum()} of {len(drop)} prompts, Jaccard from {config.near_duplicate:g}"
+        compared = f"{len(drop)} of {len(first)} prompts, Jaccard from {config.near_duplicate:g}"
+        examples = [[prompts[i], prompts[repeated[i]]] for i in drop[:_EXAMPLES]]
+    reasons = pairs["reason"][rule == "missing"].dropna() if "reason" in pairs else ()
+    reasons = Counter(sorted(map(str, reasons)))  # of equally many, in the alphabet's order
     scored = f"{' or '.join(scores)} above {config.max_nsfw:g}"
     notes = {
-        "missing": "",
-        "tidied": "white space, controls, invisible marks",
+        "missing": "; ".join(f"{n:,} {reason}" for reason, n in reasons.most_common(_EXAMPLES)),
+        "tidied": "white space, controls, invisible marks" + ", dialects" * config.plain,
         "unreadable": "no letter or digit",
         "length": f"{config.min_characters} to {config.max_characters} characters",
         "language": "clearly not English" if config.english_only else "off",
@@ -350,7 +391,7 @@ def clean(pairs, config=None):
     taken = pd.Series(rule, dtype=object).value_counts().reindex([*notes], fill_value=0).to_numpy()
     rows_out = len(pairs) - taken.cumsum()
     report = {"rule": [*notes], "rows_in": rows_out + taken, "rows_out": rows_out, "changed": 0}
-    report = pd.DataFrame(report).assign(note=[*notes.values()])
+    report = pd.DataFrame(report).assign(note=[*notes.values()], examples=[[]] * 7 + [examples])
     report.loc[1, "changed"] = texts["changed"].to_numpy()[number].sum()
     rows = np.flatnonzero(rule == "")
     own = {name: texts[name].array[number[rows]] for name in ("prompt", "key")}
@@ -369,7 +410,7 @@ def _judge(prompts, config):
 
 def _verdict(text, config):
     """Return a prompt tidied, its key, the first rule that it breaks, and whether it changed."""
-    prompt, rule = tidy(text), ""
+    prompt, rule = plain(tidy(text)) if config.plain else tidy(text), ""
     if not any(map(str.isalnum, prompt)):
         rule = "unreadable"
     elif not config.min_characters <= len(prompt) <= config.max_characters:

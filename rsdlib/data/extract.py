@@ -11,6 +11,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,15 +22,16 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import errors, files, runtime
-from rsdlib.data.images import decode_image, resize, split_locator
+from rsdlib.data.faults import Faults
+from rsdlib.data.forward import Forward, weights_key
+from rsdlib.data.images import SUFFIXES, decode_image, resize, split_locator
 from rsdlib.data.pairs import load_pairs
 from rsdlib.data.parts import open_part
-from rsdlib.data.stores import NONE_BAD, Forward, Store, half, weights_key
+from rsdlib.data.stores import Store, half
 
 _SHARD = 1000  # images a shard, about
 _BATCH = 64  # images that are decoded and in memory at once, beside those decoded meanwhile
-_RULE = "2: RGB on white, upright, centre square, bicubic"  # part of every front's key
-_NO_IMAGES = (".json", ".jsonl", ".txt", ".csv", ".parquet")
+_RULE = "3: RGB on white, upright, centre square, bicubic"  # part of every front's key
 
 # --- fronts ---------------------------------------------------------------------------------------
 
@@ -75,13 +77,6 @@ def _opened(front, on):
     return Forward(module.to(on, memory_format=layout), on)
 
 
-def _answers(front, images, device):
-    """Return what a front makes of images (b, 3, s, s): uint8 as they are, else float16."""
-    if front.open is None:
-        return images
-    return half(_opened(front, runtime.device(device))(images))
-
-
 # --- one part -------------------------------------------------------------------------------------
 
 
@@ -113,11 +108,11 @@ def make_shards(path, wanted, fronts, folder, device="auto", about=""):
     """
     shards = []
     with open_part(path) as part:
-        images = {name for name in part.names() if not name.endswith(_NO_IMAGES)}
+        images = {name for name in part.names() if Path(name).suffix.lower() in ("", *SUFFIXES)}
         for names in _buckets(sorted(images | set(wanted))):
             content = files.digest([names, [part.crc(name) for name in names], _RULE])
-            notes = folder / f"{path.stem}-{content}.json"
-            paths = {f: folder / f"{path.stem}-{content}-{f.key}.npy" for f in fronts}
+            notes = folder / f"{path.stem[:40]}-{content}.json"
+            paths = {f: folder / f"{path.stem[:40]}-{content}-{f.key}.npy" for f in fronts}
             bad = _read_notes(notes)
             missing = [f for f in fronts if bad is None or not _is_whole(paths[f])]
             if missing:
@@ -132,9 +127,7 @@ def make_shards(path, wanted, fronts, folder, device="auto", about=""):
 
 def _buckets(names):
     """Split names by a hash where they are many: a new image changes one shard, not all after."""
-    count = 1
-    while count * _SHARD < len(names):  # a power of two: adding rarely splits
-        count *= 2
+    count = 1 << ((len(names) - 1) // _SHARD).bit_length()  # a power of two: adding rarely splits
     buckets = [[] for _ in range(count)]
     for name in names:
         buckets[zlib.crc32(name.encode()) % count].append(name)
@@ -177,8 +170,9 @@ def _run(part, names, fronts, device, about):
         bad |= {n: why for n, why in zip(batch, decoded, strict=True) if isinstance(why, str)}
         good = [images for images in decoded if not isinstance(images, str)]
         for front in fronts if good else ():
-            answers = np.stack([images[front.size] for images in good])
-            answers = _answers(front, answers, device)
+            answers = np.stack([images[front.size] for images in good])  # (b, 3, s, s), uint8
+            if front.open is not None:
+                answers = half(_opened(front, runtime.device(device))(answers))
             if not count:
                 made[front] = np.empty((len(names), *answers.shape[1:]), answers.dtype)
             made[front][count : count + len(good)] = answers
@@ -228,6 +222,8 @@ def executor(processes=0, dask=""):
             yield client.get_executor(pure=False, retries=10)
     elif processes > 1:
         context = multiprocessing.get_context("spawn")
+        # Windows cannot wait for more.
+        processes = min(processes, 61) if sys.platform == "win32" else processes
         numbers = context.SimpleQueue()
         for number in range(processes):
             numbers.put(number)
@@ -237,9 +233,9 @@ def executor(processes=0, dask=""):
         yield None
 
 
-def find_parts(source):
+def find_parts(source, on_bad="error"):
     """Return the parts that hold the images of a source for `rsdlib.data.load_pairs`, in order."""
-    places = {split_locator(place)[0] for place in load_pairs(source)["image"]}
+    places = {split_locator(place)[0] for place in load_pairs(source, on_bad=on_bad)["image"]}
     return sorted(map(files.resolve_path, places))
 
 
@@ -314,9 +310,7 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
     BadTableError
         Too many images are bad.
     """
-    if on_bad not in ("error", "skip"):
-        raise errors.ConfigError(f"on_bad = {on_bad!r} is unknown", "Use 'error' or 'skip'.")
-    folder = Path(folder or files.cache_dir() / "parts")
+    faults, folder = Faults(on_bad), Path(folder or files.cache_dir() / "parts")
     places = pd.DataFrame(map(split_locator, pairs["image"]), columns=["part", "name"])
     groups = places.groupby("part")["name"]
     parts = [files.resolve_path(part) for part in groups.groups]
@@ -331,16 +325,10 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
         else:
             index.write()
     ids, where = pairs["id"].to_numpy(), places["part"].to_numpy()
-    bad = [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
-    if bad and on_bad == "error":
-        raise errors.BadImageError(*bad[0])
-    if bad:
-        message = f"{len(bad):,} of {len(places):,} images are bad, the first: {', '.join(bad[0])}"
-        if len(bad) > max(5, max_bad * len(places)):
-            fix = f"Get the data again, or raise max_bad = {max_bad}."
-            raise errors.BadTableError(message, fix)
-        runtime.log(f"{message}. They are left out.")
-    return index.stores(pd.DataFrame(bad, columns=NONE_BAD.columns))
+    faults += [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
+    if faults and on_bad == "error":
+        raise errors.BadImageError(*faults[0])
+    return index.stores(faults.table(len(places), "images", max_bad))
 
 
 class _Index:

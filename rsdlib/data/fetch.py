@@ -5,17 +5,14 @@ that the hub tells. ``checksums.json`` remembers what was checked.
 """
 
 import contextlib
-import os
 import re
 import shutil
 import time
 from pathlib import Path
 
-import filelock
-
 from rsdlib import files, runtime, weights
 from rsdlib.data.parts import open_part
-from rsdlib.errors import BadArchiveError, ConfigError, FetchError, RunBusyError, refusing
+from rsdlib.errors import BadArchiveError, ConfigError, FetchError
 
 _HUB = {"repo_id": "poloclub/diffusiondb", "repo_type": "dataset"}
 _HUB["revision"] = "fb620fbe49fa4420e0734bd9c0df11f51176b61f"
@@ -140,10 +137,7 @@ def _wanted(parts, large):
 @contextlib.contextmanager
 def _alone(folder):
     """Hold a folder for this process, and clear away what killed ones left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with refusing(filelock.Timeout, RunBusyError, f"another process fetches into {folder}"):
-        held = filelock.FileLock(folder / f"{_WORK}.lock", timeout=0).acquire()
-    with held:
+    with files.locked(folder / f"{_WORK}.lock", f"another process fetches into {folder}"):
         for place in (folder, folder / "images"):
             for leftover in (place / _WORK).rglob("*.incomplete"):
                 leftover.unlink()
@@ -221,8 +215,7 @@ def _bring(path, source, entry):
         came.unlink()
         message = f"{source} came with other bytes than the hub tells, and was thrown away"
         raise FetchError(message, "Run it again; if that does not help, HF_ENDPOINT's mirror errs.")
-    with contextlib.suppress(OSError), came.open("rb") as stream:
-        os.fsync(stream.fileno())
+    files.flush(came)
     came.replace(path)
 
 

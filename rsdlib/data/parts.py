@@ -30,9 +30,17 @@ MAX_GROUP = 4 * 2**30  # bytes of a row group, unpacked: as much is in memory
 # Not a plain relative path by the rules of either POSIX or Windows: empty, absolute, drive,
 # backslash, NUL, or climbing.
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|//|(^|/)\.{1,2}(/|$)")
+# What systems leave in folders and archives: hidden files, previews, waste bins.
+_CLUTTER = re.compile(r"(?i)(^|/)(\.|__MACOSX/|@eaDir/|.recycle(.bin)?/|thumbs\.db$|desktop\.ini$)")
 # What libraries raise on broken data.
-BROKEN = (OSError, EOFError, IndexError, RuntimeError, TypeError, ValueError, struct.error)
-BROKEN += (pyarrow.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+BROKEN = (OSError, EOFError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError)
+BROKEN += (struct.error, zlib.error, tarfile.TarError, zipfile.BadZipFile)
+BROKEN += (pyarrow.ArrowException,)
+
+
+def is_clutter(name):
+    """Tell whether a relative path means what a system left, nobody's file."""
+    return _CLUTTER.search(name) is not None
 
 
 @contextlib.contextmanager
@@ -80,9 +88,9 @@ class _Folder(_Part):
     """One folder of loose files."""
 
     def names(self):
-        """Return the names of the files."""
+        """Return the names of the files, without what systems left there."""
         with os.scandir(self._archive) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+            return {e.name for e in entries if e.is_file() and not is_clutter(e.name)}
 
     def _read(self, name):
         path = self._archive / name
@@ -110,8 +118,8 @@ class _Archive(_Part):
             self._members[name] = member
 
     def names(self):
-        """Return the names of the members that are files."""
-        return {name for name, member in self._members.items() if member}
+        """Return the names of the members that are files, without what systems left there."""
+        return {name for name, member in self._members.items() if member and not is_clutter(name)}
 
     def _read(self, name):
         member = self._members.get(name)

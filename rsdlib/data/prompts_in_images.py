@@ -11,34 +11,33 @@ import html
 import io
 import json
 import re
-import struct
 import tomllib
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from rsdlib import files
-from rsdlib.data.images import FORMATS
-from rsdlib.data.parts import open_part
+from rsdlib.data.images import _BROKEN_IMAGE, FORMATS, png_chunks, read_file
+from rsdlib.errors import BadImageError, RsdError, refusing
 
 MAX_TEXT = 2**20  # bytes of one text; ComfyUI's large graphs have 0.3 MB
-MAX_TEXTS, MAX_CHUNKS = 1_000, 100_000  # of a PNG
+MAX_TEXTS = 1_000  # of a PNG
 MAX_PROMPT = 100_000  # characters
+_CHUNKS = {b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND"}
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-_PLACES, _EXIF = _TABLES["places"], {int(tag, 16): name for tag, name in _TABLES["exif"].items()}
-_WRITERS = {name: re.compile(pattern) for name, pattern in _TABLES["writers"].items()}
-_FIND = {name: re.compile(pattern) for name, pattern in _TABLES["patterns"].items()}
+_STEPS = [(re.compile(step).sub, instead) for step, instead in _TABLES["plain"]["steps"]]
+BOILERPLATE = {word: n for n in (1, 2) for word in _TABLES["boilerplate"][n - 1].split()}
+FIND = {name: re.compile(pattern) for name, pattern in _TABLES["patterns"].items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredPrompt:
-    """What an image file says of its prompt.
+class EmbeddedPrompt:
+    """What an image says of its prompt; false where that is nothing.
 
     Attributes
     ----------
     prompt : str or None
-        As it was written but for outer blanks, None where the file does not fix one.
+        As it was written but for outer blanks, None where the image does not fix one.
     negative : str
         The negative prompt, "" without one.
     writer : str
@@ -55,37 +54,39 @@ class StoredPrompt:
     reason: str = ""
     doubtful: str = ""
 
+    def __bool__(self):
+        return self.prompt is not None
 
-def stored_prompt(data):
-    """Read the prompt that an image file carries.
+
+def read_prompt(image):
+    """Read the prompt that an image carries.
 
     Parameters
     ----------
-    data : bytes or path-like
-        An image file, or its path.
+    image : bytes, str, path-like or PIL.Image.Image
+        An image file; where it lies, or a locator of `load_pairs`; or an image that Pillow opened:
+        then its file is read, or what it still holds where it has none.
 
     Returns
     -------
-    StoredPrompt
+    EmbeddedPrompt
         Without a prompt, and with the reason, where there is none, where it is ambiguous, a
         placeholder or broken, where the file cannot be read, and where the picture's size
         contradicts the stored one (a screenshot, a crop, a collage).
     """
     try:
-        texts, picture = _read_file(data)
-    except Exception as error:  # what Pillow raises on broken metadata is in no list
-        reason = str(error).partition(" <")[0]  # no address in memory
-        return StoredPrompt(None, reason=f"its metadata cannot be read ({reason})")
-    reasons = []
-    for place in filter(texts.get, _PLACES):
+        texts, size = _read_image(image)
+    except RsdError as error:
+        return EmbeddedPrompt(None, reason=getattr(error, "reason", str(error)))
+    reasons, others = [], (place for place in texts if texts[place].startswith("{"))
+    for place in filter(texts.get, dict.fromkeys([*_TABLES["places"], *others])):
         try:
             if found := _read_text(place, texts[place].strip()):
-                text = f"{place}\n{texts[place]}\n{texts.get('extras')}"
-                return _judge(*found, picture, text)
-        except (ValueError, RecursionError) as error:
+                return _judge(*found, size, f"{place}\n{texts[place]}\n{texts.get('extras')}")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             reasons.append(f"{place}: {error}")
     nothing = f"no prompt in any known form, within {MAX_TEXT:,} bytes"
-    return StoredPrompt(None, reason="; ".join(reasons) or nothing)
+    return EmbeddedPrompt(None, reason="; ".join(reasons) or nothing)
 
 
 def _judge(prompt, negative, settings, picture, text):
@@ -94,18 +95,18 @@ def _judge(prompt, negative, settings, picture, text):
         negative = ", ".join(re.findall(r"\[([^\[\]]*)\]", prompt))
         prompt = re.sub(r" ?\[[^\[\]]*\]", "", prompt)
     prompt, negative = prompt.strip(), negative.strip()
-    if not any(map(str.isalnum, prompt)) or prompt.lower() in _TABLES["placeholders"]:
+    if re.sub(r"[\W_]+", " ", prompt.lower()).strip() in _TABLES["placeholders"]:
         raise ValueError(f"{prompt[:40]!r} is a placeholder")
-    if len(prompt) > MAX_PROMPT or _FIND["damaged"].search(prompt + negative):
+    if len(prompt) > MAX_PROMPT or FIND["damaged"].search(prompt + negative):
         raise ValueError("the prompt is damaged, or no prompt at that length")
-    writer = next((name for name, mark in _WRITERS.items() if mark.search(text)), "unknown")
-    widths, heights = (_FIND[side].findall(settings) for side in ("width", "height"))
+    widths, heights = (FIND[side].findall(settings) for side in ("width", "height"))
     sizes = [*zip(map(int, widths), map(int, heights), strict=False)]
-    known = len(widths) == len(heights) > 0 and not _FIND["drawn_on"].search(settings)
+    known = len(widths) == len(heights) > 0 and not FIND["drawn_on"].search(settings)
+    writer = next((w for w, mark in _TABLES["writers"].items() if re.search(mark, text)), "unknown")
     if known and not any(_agree(picture, size, text) for size in sizes):
         reason = "doubtful: the picture has {} x {} pixels, its metadata say {} x {}"
-        return StoredPrompt(None, negative, writer, reason.format(*picture, *sizes[0]), prompt)
-    return StoredPrompt(prompt, negative, writer)
+        return EmbeddedPrompt(None, negative, writer, reason.format(*picture, *sizes[0]), prompt)
+    return EmbeddedPrompt(prompt, negative, writer)
 
 
 def _agree(picture, stored, text):
@@ -113,52 +114,45 @@ def _agree(picture, stored, text):
     (width, height), (wide, high) = picture, stored
     if abs(width * high - height * wide) > 0.03 * width * high:
         return abs(width - wide) < min(64, wide / 8) and abs(height - high) < min(64, high / 8)
-    collage = width > wide and width % wide == height % high == 0
-    enlarged = "\nSteps:" not in text or _FIND["enlarged"].search(text)
-    return 8 * width >= wide and (enlarged or not collage)
+    multiple = width > wide and width % wide == height % high == 0
+    collage = multiple and "\nSteps:" in text and not FIND["enlarged"].search(text)
+    return 8 * width >= wide and not collage
 
 
-# --- from a file to texts -------------------------------------------------------------------------
+# --- from an image to texts -----------------------------------------------------------------------
 
 
-def _read_file(data):
-    """Return the texts of an image file by their places, and the picture's width and height."""
-    if not isinstance(data, bytes):
-        path = files.resolve_path(data)
-        with open_part(path.parent) as part:
-            data = part.read(path.name)
-    with Image.open(io.BytesIO(_without_pixels(data)), formats=FORMATS) as image:
-        exif = Image.Image.getexif(image)  # a PNG's own would decode its pixels
-        tags = [*exif.items(), *exif.get_ifd(0x8769).items()]
-        fields = [*image.info.items(), *((_EXIF[tag], text) for tag, text in tags if tag in _EXIF)]
-    texts = {}
-    for place, raw in fields:
-        text = _decode(raw) if isinstance(raw, bytes | str) and len(raw) <= MAX_TEXT else ""
-        label = re.match(r"(?i)(prompt|workflow): *(?=\{)", text)  # ComfyUI's in EXIF
-        place, text = (label[1], text[label.end() :]) if label else (place, text)
-        texts[place.lower()] = text
-    loose = [place for place in texts if place == "comment" or texts[place][:1] != "{"]
-    return texts | {"texts": json.dumps({place: texts[place] for place in loose})}, image.size
+def _read_image(image):
+    """Return the texts of an image by their places, and its width and height."""
+    if isinstance(image, Image.Image) and Path(str(getattr(image, "filename", ""))).is_file():
+        image = image.filename
+    image, *_ = read_file(image)
+    with refusing(_BROKEN_IMAGE, BadImageError, "", "", "its metadata cannot be read ({})"):
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(_without_pixels(image)), formats=FORMATS)
+        return _texts(image), image.size
+
+
+def _texts(image):
+    """Return the texts that Pillow found, by their places in lower case."""
+    exif = Image.Image.getexif(image)  # a PNG's own would decode its pixels
+    tags = dict(exif) | exif.get_ifd(0x8769)
+    found = image.info | {name: tags[tag] for name, tag in _TABLES["exif"].items() if tag in tags}
+    found = {place: raw for place, raw in found.items() if isinstance(raw, bytes | str)}
+    texts = {p.lower(): _decode(raw) for p, raw in found.items() if len(raw) <= MAX_TEXT}
+    loose = {p: text for p, text in texts.items() if p == "comment" or text[:1] != "{"}
+    return texts | {"texts": json.dumps(loose)}
 
 
 def _without_pixels(data):
     """Return what an image says of itself: Pillow reads no text behind the pixels of a PNG."""
-    if data.startswith(b"\xff\xd8"):  # a JPEG says it in front
-        return data[: 16 * MAX_TEXT]
-    if not data.startswith(b"\x89PNG\r\n"):
-        return data
-    chunks, start = {}, 8
-    for _ in range(MAX_CHUNKS):
-        [length] = struct.unpack_from(">I", data, start)
-        kind, end = data[start + 4 : start + 8], start + 12 + length
-        kept = kind in (b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"IEND")
-        if kept and length <= MAX_TEXT and len(chunks) < MAX_TEXTS:
-            chunk = data[start:end]
-            if chunks.setdefault(chunk[4:].partition(b"\0")[0], chunk) != chunk:
-                raise ValueError("one of its texts stands there twice, differently")
-        if kind == b"IEND":
-            break
-        start = end
+    if not data.startswith(b"\x89PNG\r\n"):  # a JPEG says it in front
+        return data[: 16 * MAX_TEXT] if data.startswith(b"\xff\xd8") else data
+    chunks = {}
+    for chunk in png_chunks(data):
+        kept = chunk[4:8] in _CHUNKS and len(chunk) <= MAX_TEXT and len(chunks) < MAX_TEXTS
+        if kept and chunks.setdefault(chunk[4:].partition(b"\0")[0], chunk) != chunk:
+            raise ValueError("one of its texts stands there twice, differently")
     return data[:8] + b"".join(chunks.values())
 
 
@@ -181,135 +175,129 @@ def _read_text(place, text):
     if place == "xmp":  # Draw Things; no parser of XML bears hostile input
         text = text.partition("<exif:UserComment>")[2].partition("<rdf:li")[2].partition(">")[2]
         text = html.unescape(text.partition("</")[0])
+    text = FIND["label"].sub("", text)
     steps = [match.start() for match in re.finditer(r"(?m)^Steps: *\d", text)]
     if steps and re.search("Sampler|Seed|CFG [Ss]cale", text[steps[-1] :]):  # AUTOMATIC1111's form
         prompt, _, negative = f"\n{text[: steps[-1]]}".partition("\nNegative prompt:")
         return prompt, negative, text[steps[-1] :]
-    if place == "dream" or " --ddim_steps " in text:
-        return _read_command(text)
+    if place == "dream" or " --ddim_steps " in text:  # InvokeAI's first age, Dream Factory
+        command = FIND["command"].match(text)
+        if text.startswith("!") or not command:
+            raise ValueError("it is a command, no prompt")
+        negative = command["settings"].partition('--neg_prompt "')[2].partition('" --')[0]
+        return command["prompt"].replace('\\"', '"'), negative, command["settings"]
     return _read_json(json.loads(text)) if text.startswith("{") else None
-
-
-def _read_command(text):
-    """Read a command line: of InvokeAI's first age (``"a cat" -s50 ...``) or of Dream Factory."""
-    start = re.search(r" -s ?\d| --ddim_steps ", text)
-    if text.startswith("!") or not start:
-        raise ValueError("it is a command, no prompt")
-    prompt, settings = text[: start.start()].strip(), text[start.start() :]
-    for _ in range(2):  # Dream Factory's may be quoted twice
-        if len(prompt) > 1 and prompt[0] == prompt[-1] == '"':
-            prompt = prompt[1:-1].replace('\\"', '"')
-    return prompt, settings.partition('--neg_prompt "')[2].partition('" --')[0], settings
 
 
 def _read_json(tree):
     """Read a JSON object: each program has its own keys, some put one object into another."""
-    nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
-    nodes = {key: node for key, node in nodes.items() if isinstance(node.get("inputs"), dict)}
-    if nodes:
-        return _read_graph(nodes)
     flat = {re.sub("[ _-]", "", key).lower(): value for key, value in tree.items()}
-    novelai = str(flat.get("software")).startswith("NovelAI")
-    for key in ("suiimageparams", "image", "comment", "prompt"):
+    outer = {key: flat[key] for key in _TABLES["outer"] if key in flat}
+    if str(flat.get("software")).startswith("NovelAI"):
+        outer["prompt"] = flat.get("description")
+    for key in _TABLES["inner"]:
         inner = flat.get(key)
         if isinstance(inner, str) and inner.lstrip().startswith("{"):
             with contextlib.suppress(ValueError):
                 inner = json.loads(inner)
-        if isinstance(inner, dict):
-            outer = {"prompt": flat.get("description"), "software": "NovelAI"} if novelai else {}
-            return _read_json(outer | inner)
-    keys = [key for key in ("positiveprompt", "prompt", "prompts", "c") if key in flat]
-    prompts = _strings([flat[key] for key in keys[:1]])
+        found = _read_json(outer | inner) if isinstance(inner, dict) else None
+        if found or (isinstance(inner, dict) and key != "extrametadata"):
+            return found
+    if isinstance(flat.get("nodes"), dict) and "edges" in flat:
+        tree = _as_comfyui(flat["nodes"], flat["edges"])
+    nodes = {key: node for key, node in tree.items() if isinstance(node, dict)}
+    nodes = {key: node for key, node in nodes.items() if isinstance(node.get("inputs"), dict)}
+    if nodes:
+        return _read_graph(nodes)
+    prompts = _strings(next(filter(None, map(flat.get, _TABLES["positive"])), []))
+    negatives = _strings(next(filter(None, map(flat.get, _TABLES["negative"])), []))
     if not prompts or flat.keys().isdisjoint(_TABLES["settings"]):
         return None
     if len(prompts) > 1:
         raise ValueError(f"ambiguous: it holds {len(prompts)} prompts")
-    negatives = [flat[key] for key in ("negativeprompt", "uc", "negative") if key in flat]
-    return prompts[0], ", ".join(_strings(negatives[:1])), json.dumps(flat)
+    return prompts[0], ", ".join(negatives), json.dumps(flat)
 
 
 def _strings(value):
     """Return the texts within a value: some lists pair them with weights."""
     if isinstance(value, str):
         return [value]
-    values = value.values() if isinstance(value, dict) else value
-    inner = values if isinstance(value, dict | list) else []
-    return [text for part in inner for text in _strings(part)]
+    inner = [*value.values()] if isinstance(value, dict) else value
+    return [text for part in inner for text in _strings(part)] if isinstance(inner, list) else []
+
+
+def _as_comfyui(nodes, edges):
+    """Return InvokeAI's graph as ComfyUI would write it."""
+    for edge in edges:
+        inputs, name = nodes[edge["destination"]["node_id"]], edge["destination"]["field"]
+        inputs[name] = 0  # what stood there before the edge
+        inputs[f"{len(inputs)} {name}"] = [edge["source"]["node_id"], 0]
+    own = {"id": 0, "type": 0}  # not what it reads
+    return {key: {"class_type": node["type"], "inputs": node | own} for key, node in nodes.items()}
 
 
 def _read_graph(nodes):
     """Read a ComfyUI graph: the one text that all samplers behind the saved picture share."""
-    kinds = {key: str(node.get("class_type")) for key, node in nodes.items()}
-    inputs = {key: node["inputs"] for key, node in nodes.items()}
-    savers = [key for key in nodes if "save" in kinds[key].lower() and "images" in inputs[key]]
+    nodes = {key: (str(node.get("class_type")), node["inputs"]) for key, node in nodes.items()}
+    savers = [key for key in nodes if FIND["saves"].search(f"{nodes[key][0]} {[*nodes[key][1]]}")]
     behind, pending = set(), [*(savers or nodes)]
-    while pending:
-        key = pending.pop()
+    for key in pending:
         if key in nodes and key not in behind:
             behind.add(key)
-            pending += _links(inputs[key]).values()
-    drawing = sorted(behind.difference(savers))
-    samplers = [key for key in drawing if "positive" in inputs[key] or "Guider" in kinds[key]]
-    texts, negatives = _texts_behind(kinds, inputs, samplers, "positive"), []
-    if len(texts) != 1:
-        raise ValueError(f"ambiguous: {len(texts)} texts stand behind the picture's samplers")
+            pending += [str(link[0]) for link in nodes[key][1].values() if _is_link(link)]
+    drawing = {key: nodes[key] for key in sorted(behind.difference(savers))}
+    prompt, negative = _text_behind(nodes, drawing, "positive", "negative"), ""
     with contextlib.suppress(ValueError):
-        samplers = [key for key in drawing if "negative" in inputs[key]]
-        negatives = _texts_behind(kinds, inputs, samplers, "negative")
-    sized = [inputs[key] for key in drawing if re.search("Latent|Image", kinds[key])]
-    sized = json.dumps(sized) if "Latent" in "".join(map(kinds.get, drawing)) else ""
-    return texts[0], negatives[0] if len(negatives) == 1 else "", sized
+        negative = _text_behind(nodes, drawing, "negative", "positive")
+    sized = [inputs for kind, inputs in drawing.values() if re.search("Latent|Image", kind)]
+    sized = json.dumps(sized) if any("Latent" in kind for kind, _ in drawing.values()) else ""
+    return prompt, negative, sized
 
 
-def _links(inputs):
-    """Return to which nodes a node's inputs lead."""
-    pairs = {name: value for name, value in inputs.items() if isinstance(value, list)}
-    return {name: str(pair[0]) for name, pair in pairs.items() if len(pair) == 2}
+def _is_link(value):
+    return isinstance(value, list) and len(value) == 2
 
 
-def _texts_behind(kinds, inputs, samplers, role):
-    """Return the texts that links of a role lead to; one link of a pipe carries both roles."""
-    texts, seen, pending = [], set(), [*samplers]
-    other = "negative" if role == "positive" else "positive"
-    while pending:
-        key = pending.pop()
-        if key not in kinds:
-            raise ValueError("broken: a link of its graph leads to no node")
-        if key in seen or "zeroout" in kinds[key].lower():
+def _text_behind(nodes, drawing, role, other):
+    """Return the text that links of a role lead to; one link of a pipe carries both roles."""
+    own, other = FIND[role].search, FIND[other].search
+    pending = [key for key, node in drawing.items() if any(map(own, (node[0], *node[1])))]
+    texts, seen = set(), set()
+    for key in pending:
+        kind, inputs = nodes.get(key, ("a lost link", {}))
+        if key in seen or "zeroout" in kind.lower():
             continue
         seen.add(key)
-        names = [name for name in inputs[key] if other not in name.lower()]
-        if role in names:  # a sampler, a loader or a pipe; a detailer may have words of its own
-            names = [name for name in names if name in (role, "wildcard")]
-        holders = [name for name in names if _FIND["holds_text"].search(name)]
-        found = [inputs[key][name] for name in holders if isinstance(inputs[key][name], str)]
-        links = _links({name: inputs[key][name] for name in names})
-        links = [links[name] for name in links if not _FIND["leads_elsewhere"].search(name)]
-        others = set(names).difference(holders)
-        edits = [name for name in others if isinstance(inputs[key][name], str)]
-        makes = [name for name in (kinds[key], *others) if _FIND["makes_words"].search(name)]
-        if holders and (makes or (edits and "clip" not in " ".join(inputs[key]))):
-            raise ValueError(f"ambiguous: its graph makes words ({kinds[key]})")
-        if not found + links:
-            raise ValueError(f"ambiguous: no text is known behind {kinds[key]}")
-        texts += map(str.strip, found)
+        names = {name for name in inputs if not other(name)}
+        if roles := {*filter(own, names)}:  # a sampler, a loader or a pipe
+            names = roles | ({"wildcard"} & names)  # a detailer may have words of its own
+        holders = {*filter(FIND["holds_text"].search, names)}
+        found = [inputs[name] for name in holders if isinstance(inputs[name], str)]
+        links = [name for name in names if not FIND["leads_elsewhere"].search(name)]
+        links = [str(inputs[name][0]) for name in links if _is_link(inputs[name])]
+        others = names - holders
+        edits = [name for name in others if isinstance(inputs[name], str) or "seed" in name]
+        edits = holders and edits and "clip" not in " ".join(inputs)
+        makes = edits or FIND["makes_words"].search(" ".join([kind, *others]))
+        if makes or not found + links:
+            raise ValueError(f"ambiguous: no fixed words behind {kind}")
+        texts.update(map(str.strip, found))
         pending += links
-    return [*{text for text in texts if text}] or texts[:1]
+    texts = texts - {""} or texts
+    if len(texts) != 1:
+        raise ValueError(f"ambiguous: {len(texts)} texts stand behind the picture's samplers")
+    return texts.pop()
 
 
 # --- the plain form -------------------------------------------------------------------------------
 
 
-class _Plain(str):
-    """A prompt in its plain form: its brackets are brackets."""
-
-
 def plain(prompt):
     r"""Return a prompt without the dialects of the programs that draw.
 
-    Tags such as ``<lora:detail:0.8>`` go and ``BREAK`` becomes a comma; of ``(x:1.3)``, ``((x))``,
-    ``[x]`` and ``{x}`` the words stay, of ``[a:b:0.5]`` and ``[a|b]`` both; ``long_hair`` is two
-    words, ``\(`` a bracket. Applying it to what it returned changes nothing.
+    Tags such as ``<lora:detail:0.8>`` and ``embedding:name`` go and ``BREAK`` becomes a comma; of
+    ``(x:1.3)``, ``((x))``, ``[x]``, ``{x}`` and ``\(x\)`` the words stay, of ``[a:b:0.5]`` and
+    ``[a|b]`` both; ``long_hair`` is two words. Applying it to what it returned changes nothing.
 
     Parameters
     ----------
@@ -319,8 +307,8 @@ def plain(prompt):
     -------
     str
     """
-    if isinstance(prompt, _Plain):
-        return prompt
-    for expression, instead in _TABLES["plain"]["steps"]:
-        prompt = re.sub(expression, instead, prompt)
-    return _Plain(prompt)
+    signs = map(prompt.__contains__, _TABLES["plain"]["signs"])
+    if FIND["dialect"].search(prompt) or prompt != prompt.strip(" ,") or any(signs):
+        for substitute, instead in _STEPS:
+            prompt = substitute(instead, prompt)
+    return prompt

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from rsdlib import files, runtime, weights
-from rsdlib.data.clean import check_texts, find_words, normalise, prompt_key, valid_text, word_sets
+from rsdlib.data.clean import check_texts, find_words, prompt_key, valid_text, word_sets, wording
 from rsdlib.errors import BadValueError, CacheError, CheckpointError, ConfigError, refusing
 
 # --- vocabulary -----------------------------------------------------------------------------------
@@ -41,7 +41,8 @@ class Vocabulary:
     def fit(cls, prompts, size=1000):
         """Collect the nouns, adjectives and verbs of the most prompts; pass *training* prompts.
 
-        A word counts once a prompt, and a prompt once, however many images it has. A word belongs
+        Prompts are read in their plain form, without tags, weights and underscores. A word counts
+        once a prompt, and a prompt once, however many images it has. A word belongs
         if it has at least two letters and nothing else, is no stop word, and most of its
         occurrences are tagged NN*, JJ* or VB* by textblob's lexicon and rules. Of more than 50,000
         distinct prompts, those with the smallest keys are tagged; all count. Ties in frequency go
@@ -58,8 +59,8 @@ class Vocabulary:
         Vocabulary
         """
         tagger = runtime.require("textblob.en.taggers", "textblob").PatternTagger()
-        texts = list(dict.fromkeys(map(normalise, check_texts(prompts))))
-        words, numbers, _ = word_sets(iter(texts))
+        texts = list(dict.fromkeys(map(wording, check_texts(prompts))))
+        words, numbers, _ = word_sets(iter(texts), {})
         frequency = dict(zip(words, np.bincount(numbers).tolist(), strict=True))
         tagged, votes = Counter(), Counter()
         for text in heapq.nsmallest(_TAGGED, texts, key=prompt_key):
@@ -67,7 +68,7 @@ class Vocabulary:
         for (word, label), count in tagged.items():
             votes[word] += count if label.startswith(("NN", "JJ", "VB")) else -count
         words = {word for word in frequency if len(word) > 1 and word.isalpha() and votes[word] > 0}
-        words -= set(find_words(_WORDS["stop"]))
+        words -= set(_WORDS["stop"].split())
         return cls(tuple(sorted(words, key=lambda word: (-frequency[word], word))[:size]))
 
     def encode(self, prompts):
@@ -85,11 +86,11 @@ class Vocabulary:
         """
         columns = defaultdict(list)  # a word, or some with spaces between them -> where it stands
         for column, word in enumerate(self.words):
-            columns[" ".join(find_words(normalise(word)))].append(column)
+            columns[" ".join(find_words(wording(word)))].append(column)
         names = [f" {name} " for name in columns if " " in name]
         labels = np.zeros((len(prompts), len(self.words)), dtype=bool)  # (n, m)
         for row, prompt in zip(labels, check_texts(prompts), strict=True):
-            found = find_words(normalise(prompt))
+            found = find_words(wording(prompt))
             text = f" {' '.join(found)} "
             found += [name.strip() for name in names if name in text]
             row[[column for entry in found for column in columns.get(entry, ())]] = True

@@ -169,24 +169,6 @@ def _descend(loss, start):
     return weights / weights.sum()
 
 
-def fit_blend(a, b, target):
-    """Return the weight w of `b` in ``mean([a, b], [1 - w, w])`` with the highest mean cosine.
-
-    Parameters
-    ----------
-    a, b : array-like (n, d)
-        Validation predictions, for example of the ensemble and of DAKL.
-    target : array-like (n, d)
-        The validation items' prompt embeddings.
-
-    Returns
-    -------
-    float
-        In [0, 1].
-    """
-    return float(fit_weights([a, b], target)[1])
-
-
 def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, n_targets=0, **options):
     """Score DAKL on validation over a grid, with validation as its target domain.
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from rsdlib import files, runtime, weights
 from rsdlib.data import evaluating
-from rsdlib.models.encoders import no_model
+from rsdlib.models.encoders import Encoder, no_model
 
 LENGTH = 48  # longest caption in tokens
 REPEAT = 3  # no run of so many tokens comes twice: "by rembrandt, by rembrandt, ..." tells nothing
@@ -30,8 +30,6 @@ class Captioner(nn.Module):
         Of the pixels in [0, 1], as the image encoder expects them.
     """
 
-    front = None
-
     def __init__(self, blip, tokenizer, vocabulary_size=0, mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()
         self.blip, self.tokenizer = blip, tokenizer
@@ -40,12 +38,7 @@ class Captioner(nn.Module):
         self.length = min(LENGTH, blip.config.text_config.max_position_embeddings)  # in tokens
         width = blip.config.vision_config.hidden_size
         self.vocabulary_head = nn.Linear(width, vocabulary_size) if vocabulary_size else None
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
-
-    def normalised(self, images):
-        """Return uint8 images as the image encoder expects them."""
-        return (images.float() - self.mean) / self.std
+        self.normalised = Encoder(nn.Identity(), 3, self.image_size, mean, std)
 
     def forward(self, images, tokens):
         """Map images (b, 3, s, s) and tokens (b, l) to logits.

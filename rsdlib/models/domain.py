@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from rsdlib import files
 from rsdlib.errors import BadValueError, refusing
 
 _SPARED, _EACH = 0.98, 0.99  # shares of the validation pictures inside: of all, and of each view
@@ -46,7 +45,8 @@ class Domain:
     Parameters
     ----------
     arrays : dict of str to ndarray
-        ``<view>.centre`` (p,), ``<view>.precision`` (p, p), ``<view>.scale``, and ``edge``.
+        ``<view>.centre`` (p,), ``<view>.precision`` (p, p), ``<view>.scale``, and ``edge``: all
+        that there is to store.
     """
 
     def __init__(self, arrays):
@@ -100,15 +100,6 @@ class Domain:
             centred = check_array(rows, dtype=np.float64) - self.arrays[f"{view}.centre"]
         squared = np.einsum("np,np->n", centred @ self.arrays[f"{view}.precision"], centred)
         return np.sqrt(np.maximum(squared, 0)) / self.arrays[f"{view}.scale"]
-
-    def save(self, path):
-        """Write to a safetensors file."""
-        files.save_arrays(path, {name: np.asarray(value) for name, value in self.arrays.items()})
-
-    @classmethod
-    def load(cls, path):
-        """Read what `save` wrote."""
-        return cls(files.load_arrays(path)[0])
 
 
 def _quantile(distances, share):

@@ -1,6 +1,11 @@
 """Stable Diffusion as the maker of the data: open it, sample from it, sample a row again."""
 
+import copy
+import tomllib
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import torch
 
 from rsdlib import files, runtime, weights
@@ -120,29 +125,61 @@ def weights_of(name):
 
 
 def sample_rows(pipe, pairs):
-    """Sample rows of a table again from the seed, steps and guidance that they state.
+    """Sample rows of a table again as they were: seed, steps, guidance, size and sampler.
+
+    Where a row does not tell its size, or no sampler that is known, the pipeline's own is taken; a
+    line says so.
 
     Parameters
     ----------
     pipe : diffusers.StableDiffusionPipeline
-        The one that made them; samplers are not told apart, the pipeline's own is used.
+        The one that made them.
     pairs : DataFrame
-        With DiffusionDB's columns prompt, seed, step and cfg.
+        With DiffusionDB's columns prompt, seed, step and cfg, and where they are known width,
+        height and sampler (code or name).
 
     Returns
     -------
     ndarray of uint8, shape (n, height, width, 3)
+        A list of n where sizes differ.
 
     Raises
     ------
     BadTableError
-        A column is missing.
+        A column is missing, or a row's numbers are missing or make no image.
     """
     untold = "the table does not say how its images were sampled: {}"
     with refusing(KeyError, BadTableError, untold, "Use DiffusionDB's columns."):
-        rows = pairs[["prompt", "seed", "step", "cfg"]].reset_index(drop=True)
-    images, places = [], []
-    for (steps, guidance), group in rows.groupby(["step", "cfg"]):
-        images.append(sample(pipe, group["prompt"], group["seed"], int(steps), float(guidance)))
-        places += group.index.tolist()
-    return np.concatenate(images)[np.argsort(places)]
+        told = pairs[["prompt", "seed", "step", "cfg"]]
+    rows = pairs.reindex(columns=["id", *told, "sampler", *_SIZE])
+    sizes = rows[_SIZE].apply(pd.to_numeric, errors="coerce")
+    rows[_SIZE] = sizes.fillna(0).clip(lower=0).astype(int)
+    rows["sampler"] = rows["sampler"].astype(str).str.removesuffix(".0").replace(_TABLES["codes"])
+    known = {"sampler": rows["sampler"].isin([*_TABLES["schedulers"]])}
+    known["size"] = (rows[_SIZE] > 0).all(axis=1)
+    for what, told in known.items():
+        if not told.all():
+            runtime.log(f"untold: {what} of {(~told).sum()} rows; the pipeline's own is taken")
+    images, causes = [], (TypeError, ValueError, ArithmeticError)
+    for row in rows.to_dict("records"):
+        with refusing(causes, BadTableError, f"no image can be sampled as {row}: {{}}", "Drop it."):
+            how = int(row["step"]), float(row["cfg"]), row["height"], row["width"]
+            own = _with_sampler(pipe, row["sampler"])
+            images.append(sample(own, [row["prompt"]], [row["seed"]], *how)[0])
+    return np.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
+_SIZE = ["height", "width"]
+_TABLES = tomllib.loads((Path(__file__).parent / "samplers.toml").read_text(encoding="utf-8"))
+
+
+def _with_sampler(pipe, name):
+    """Return the pipeline with a sampler of DiffusionDB; with its own where that is not known."""
+    import diffusers
+
+    if name not in _TABLES["schedulers"]:
+        return pipe
+    again, (kind, *how) = copy.copy(pipe), _TABLES["schedulers"][name]
+    config = {**pipe.scheduler.config, **dict.fromkeys(how, True)}
+    again.scheduler = getattr(diffusers, kind).from_config(config)
+    return again

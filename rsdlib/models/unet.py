@@ -4,6 +4,7 @@ The paper's white-box backbone (supplementary, section 8) and its U-Net swap (se
 """
 
 import copy
+import traceback
 import weakref
 from dataclasses import dataclass
 from numbers import Integral
@@ -14,7 +15,7 @@ from torch import nn
 
 from rsdlib import files
 from rsdlib.config import as_dict
-from rsdlib.errors import BadValueError, CheckpointError, ConfigError
+from rsdlib.errors import BadValueError, CheckpointError, ConfigError, refusing
 from rsdlib.models.blip import open_captioner
 from rsdlib.models.encoders import FrontedEncoder, no_model, pipeline_folder
 from rsdlib.models.heads import JointObjective
@@ -130,9 +131,8 @@ class Latents(nn.Module):
 
     def __init__(self, vae):
         super().__init__()
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = vae
         self.register_buffer("scale", torch.tensor(float(vae.config.scaling_factor)))
-        self.eval()
 
     def forward(self, images):
         """Map uint8 images (b, 3, s, s) to scaled latents (b, c, s / f, s / f).
@@ -140,9 +140,8 @@ class Latents(nn.Module):
         They are the mean of their distribution. Large images are read in slices: the autoencoder's
         first layers hold 128 numbers a pixel.
         """
-        latents = []
-        for part in images.split(max(SLICE // images[0, 0].numel(), 1)):
-            latents.append(self.vae.encode((part.float() - 127.5) / 127.5).latent_dist.mode())
+        parts = images.split(max(SLICE // images[0, 0].numel(), 1))
+        latents = [self.vae.encode((p.float() - 127.5) / 127.5).latent_dist.mode() for p in parts]
         return torch.cat(latents) * self.scale
 
 
@@ -161,17 +160,13 @@ class CaptionedLatents(nn.Module):
 
     def __init__(self, latents, captioner, texts):
         super().__init__()
-        self.latents, self.texts = latents, texts
-        self.captioner = captioner.requires_grad_(False)
-        self.eval()
+        self.latents, self.captioner, self.texts = latents, captioner, texts
 
     def forward(self, images):
         """Map uint8 images (b, 3, s, s) to latents and tokens in one row each, see `split_rows`."""
         latents = self.latents(images).flatten(1)
-        size = self.captioner.image_size
-        if images.shape[-1] != size:
-            sizes = {"size": (size, size), "mode": "bicubic", "antialias": True}
-            images = F.interpolate(images.float(), **sizes).round().clamp(0, 255)
+        shape = {"size": (self.captioner.image_size,) * 2, "mode": "bicubic", "antialias": True}
+        images = F.interpolate(images.float(), **shape).round().clamp(0, 255)
         tokens = self.texts.tokens(self.captioner.caption(images, beams=1)).to(latents.device)
         return torch.cat([latents, tokens % PAGE, tokens // PAGE], dim=1)
 
@@ -199,8 +194,7 @@ class Texts(nn.Module):
         from transformers import CLIPTextModel, CLIPTokenizer
 
         super().__init__()
-        encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
-        self.encoder = encoder.float().eval().requires_grad_(False)
+        self.encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
     def tokens(self, prompts):
@@ -267,7 +261,7 @@ def _open_front(folder, captioner):
             front = CaptionedLatents(front, open_captioner(captioner), texts)
         front.empty = texts.states(texts.tokens([""]))[0]
         front.factor = 2 ** len(vae.config.down_block_types[1:])
-        _FRONTS[key] = front
+        _FRONTS[key] = front.eval().requires_grad_(False)
     return front
 
 
@@ -375,10 +369,9 @@ def into_unet(encoder, unet, blend=1.0, parts=("",)):
     for part in parts:
         if not any(name.startswith(part) for name in new):
             raise BadValueError(f"there is no part {part!r}", f"Parts: {encoder_parts(unet)}.")
-    for name, value in new.items():
-        if name.startswith(tuple(parts)):
-            own[name] = torch.lerp(own[name].to(value), value, blend)
-    unet.load_state_dict(own)
+    taken = {name: value for name, value in new.items() if name.startswith(tuple(parts))}
+    blended = {name: torch.lerp(own[name].to(new), new, blend) for name, new in taken.items()}
+    unet.load_state_dict(blended, strict=False)
 
 
 def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
@@ -387,6 +380,10 @@ def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
     The first `start_step` steps run the pipeline's own U-Net; the paper's best images come from
     ``start_step=1``. The pipeline handed in is not changed; everything but the encoder's weights is
     shared with it.
+
+    Steps are counted in what runs: under any scheduler, of its own timesteps, of image-to-image
+    those that are left, also where the U-Net has been handed on to another pipeline. Several
+    evaluations of one step (Heun, KDPM2) are one.
 
     Parameters
     ----------
@@ -412,27 +409,62 @@ def swap_encoder(pipe, encoder, start_step=1, blend=1.0, parts=("",)):
         The encoder is of another architecture.
     BadValueError
         `start_step` or `blend` is out of range, or there is no such part; a number of steps above
-        the sampler's own is refused when sampling begins.
+        the run's own, or a timestep that its scheduler does not have, is refused in sampling.
     """
     if not -1 <= blend <= 1:
         raise BadValueError(f"blend = {blend} is not between -1 and 1")
     switch_step(start_step, pipe.scheduler.config.num_train_timesteps)  # as many as there may be
-    decoder = [part for name, part in pipe.unet.named_children() if name in DROPPED]
-    swapped = copy.deepcopy(pipe.unet, {id(part): part for part in decoder})
+    kept = [part for name, part in pipe.unet.named_children() if name in DROPPED]
+    kept.append(vars(pipe.unet).get("forward"))  # of an earlier swap
+    swapped = copy.deepcopy(pipe.unet, {id(part): part for part in kept})
     into_unet(encoder, swapped, blend, parts)
     again = copy.copy(pipe)
     again.unet = swapped
-
-    def forward(sample, timestep, *args, **options):
-        """Denoise with the U-Net whose turn it is."""
-        steps = again.scheduler.timesteps.unique()  # some samplers repeat a step
-        done = int((steps > torch.as_tensor(timestep, device=steps.device)).sum())
-        if done < switch_step(start_step, len(steps)):
-            return pipe.unet(sample, timestep, *args, **options)
-        return type(swapped).forward(swapped, sample, timestep, *args, **options)
-
-    swapped.forward = forward
+    swapped.forward = _Turns(again, pipe.unet, swapped, start_step)
     return again
+
+
+@dataclass(eq=False)
+class _Turns:
+    """Denoises with the U-Net whose turn it is at the step that the pipeline has reached."""
+
+    pipe: object
+    own: nn.Module
+    swapped: nn.Module
+    start_step: float
+    timesteps: object = None  # the scheduler's: other ones in each run
+    first: int = 0  # which of them this run began with: image-to-image leaves some out
+
+    def __call__(self, sample, timestep, *args, **options):
+        """Denoise as a U-Net does."""
+        early = self._early(float(torch.as_tensor(timestep).flatten()[0]))
+        unet = self.own if early else self.swapped
+        half, shared = unet.conv_in.weight, unet.conv_out.weight  # the latter moves with either
+        if (half.device, half.dtype) != (shared.device, shared.dtype):
+            unet.to(shared)
+        denoise = type(unet).__call__ if early else type(unet).forward
+        return denoise(unet, sample, timestep, *args, **options)
+
+    def _early(self, timestep):
+        """Tell whether the denoising step that a timestep belongs to comes before the swap.
+
+        A step that needs several evaluations is one; so is a timestep that a sampler repeats.
+        """
+        from diffusers import DiffusionPipeline
+
+        callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None))
+        running = next((one for one in callers if isinstance(one, DiffusionPipeline)), self.pipe)
+        scheduler = running.scheduler  # the U-Net may have been handed on to another pipeline
+        order, timesteps = scheduler.order, scheduler.timesteps
+        unknown = f"the swap cannot tell the step of timestep {timestep:g}: {{}}"
+        fix = "Sample with the pipeline, or set the timesteps of its own scheduler."
+        with refusing((ValueError, AttributeError), BadValueError, unknown, fix):
+            whole = timesteps.tolist() if order > 1 else list(dict.fromkeys(timesteps.tolist()))
+            place = (order > 1 and scheduler.step_index) or whole.index(timestep)
+        if timesteps is not self.timesteps:
+            self.timesteps, self.first = timesteps, place
+        steps = -((self.first - len(whole)) // order)  # rounded up
+        return (place - self.first) // order < switch_step(self.start_step, steps)
 
 
 def switch_step(start_step, steps):

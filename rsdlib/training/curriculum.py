@@ -51,22 +51,6 @@ def difficulty(history):
     return 1 - np.nansum(history * weights, axis=1) / weights.sum(axis=1)
 
 
-def run_difficulty(table):
-    """Return the difficulty of the pairs in a run's ``difficulty.parquet``.
-
-    Parameters
-    ----------
-    table : DataFrame
-        row, epoch_1, epoch_2, ..., in this order.
-
-    Returns
-    -------
-    rows : ndarray of int (n,)
-    hardness : ndarray (n,), float64
-    """
-    return table["row"].to_numpy(), difficulty(table.filter(like="epoch_"))
-
-
 def stages(hardness, k=3):
     """Return k lists of positions, easiest first: the i-th has the easiest i/k of the pairs.
 
@@ -349,6 +333,6 @@ def regime(config, rows, epochs, history=None):
 
 def hardness_of(rows, history):
     """Return the difficulty (n,) that a run's ``difficulty.parquet`` knows of `rows`."""
-    known, hardness = run_difficulty(history)
+    hardness = pd.Series(difficulty(history.filter(like="epoch_")), history["row"])
     with refusing(KeyError, BadValueError, "rows without difficulty: {}", "Train without first."):
-        return pd.Series(hardness, known).loc[rows].to_numpy()
+        return hardness.loc[rows].to_numpy()

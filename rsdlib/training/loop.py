@@ -7,6 +7,7 @@ resumed run takes the very steps that the uninterrupted one would have taken.
 import contextlib
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +74,11 @@ class Plan:
 
     def batches(self, step=0):
         """Yield the rows of the global batch of `step` and of each step after it."""
-        while step < self.total:
-            epoch = self.epoch(step)
+        for epoch in range(self.epoch(step), len(self.epochs)):
             order = runtime.rng("order", self.config.seed, epoch).permutation(self.epochs[epoch])
             start, end = self.starts[epoch : epoch + 2].tolist()
             batches = np.split(order, self.config.batch_size * np.arange(1, end - start))
-            yield from batches[step - start :]
-            step = end
+            yield from batches[max(step - start, 0) :]
 
     def lr_factor(self, step):
         """Return the rate of `step` as a share of its peak.
@@ -200,8 +199,7 @@ def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), re
         runs.claim(folder, plan.settings(recipe))
         if not runs.is_finished(folder):
             device = runtime.device(config.device)
-            cuda = [device] if device.type == "cuda" else []
-            with torch.random.fork_rng(devices=cuda):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 _Loop(model, data, plan, folder, objective, callbacks).run()
     runs.load_weights(model, folder / runs.WEIGHTS)
     return folder
@@ -216,24 +214,27 @@ class _Loop:
         self.plan, self.config, self.model = plan, plan.config, model
         self.accelerator = _accelerator(self.config)
         self.device = self.accelerator.device
+        # Ours: accelerate's own would stay behind in the model's `forward`.
+        self.precision = runtime.precision(self.config.precision, self.device)
+        bf16 = self.precision == "bf16"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.reader = _Batches(data, objective, self.config, self.rank, self.world)
         groups = _groups(model, self.config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
-        self.step, self.best_epoch, self.best_score, self.records = 0, -1, -math.inf, []
+        self.step, self.best_score, self.records = 0, -math.inf, []
         self.history = np.full((len(plan.epochs), len(data)), np.nan, np.float32)
         for callback in callbacks:
             callback.begin(self)
         together = self.world > 1 and self.config.micro_batches == 1
-        self.norms = processes.share_norms(model) if together else []
+        self.norms = processes.shared_norms(model) if together else contextlib.nullcontext()
         if self.config.compile:
             model.compile()
         self.wrapped = self.accelerator.prepare_model(model.to(self.device))
-        # This epoch's similarities, which rows have one, and the loss since the last line: all on
+        # This epoch's similarities, NaN where there is none, and the loss since the last line: on
         # the device, so that no step waits for the host.
-        self.similarity = torch.zeros(len(data), device=self.device)
-        self.visited = torch.zeros(len(data), device=self.device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.similarity = torch.full((len(data),), np.nan, device=self.device)
+        self.loss = torch.zeros((), dtype=runtime.exact(self.device), device=self.device)
         self._resume()
 
     def run(self):
@@ -245,13 +246,7 @@ class _Loop:
         finally:
             for callback in self.callbacks:
                 callback.end(self)
-            # The model is left as it came; `forward` among its fields would keep it alive.
-            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-            if vars(self.model).get("forward") == type(self.model).forward.__get__(self.model):
-                del self.model.forward
-            self.model._compiled_call_impl = None
-            for norm, kind in self.norms:
-                norm.__class__ = kind
+            self.model._compiled_call_impl = None  # the model is left as it came
         if self.accelerator.is_main_process:
             self._write_difficulty()
         self.accelerator.wait_for_everyone()
@@ -273,7 +268,8 @@ class _Loop:
 
     def _loader(self):
         on_gpu, workers = self.device.type == "cuda", self.config.workers
-        how = {"num_workers": 2 * on_gpu if workers is None else workers, "pin_memory": on_gpu}
+        usual = 2 * (on_gpu and sys.platform != "win32")  # there they lack what a notebook defines
+        how = {"num_workers": usual if workers is None else workers, "pin_memory": on_gpu}
         how["generator"] = torch.Generator()  # the loader draws from it, not from the caller's
         batches = self.plan.batches(self.step)
         return torch.utils.data.DataLoader(self.reader, sampler=batches, batch_size=None, **how)
@@ -287,16 +283,14 @@ class _Loop:
             group["lr"] = config.lr * factor * group.get("lr_scale", 1.0)
         torch.manual_seed(runtime.torch_seed("step", config.seed, self.step, self.rank))
         for number, (batch, rows, share) in enumerate(parts, 1):
-            for norm, _ in self.norms:
-                norm.counts = float(share > 0)
+            self.norms.counts = float(share > 0)
             is_last = number == len(parts)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 loss, similarity = self._backward(batch, whole, share)
             if share:
                 where = torch.as_tensor(rows, device=self.device)
-                self.loss += loss.detach().double() * share
+                self.loss += loss.detach().to(self.loss) * share
                 self.similarity[where] = similarity.detach().float()
-                self.visited[where] = 1
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
@@ -307,8 +301,9 @@ class _Loop:
         size = len(next(iter(batch.values())))
         batch = self._to_device(batch) | whole
         try:
-            with _attention(self.device):  # checkpointed layers run again on the way back
-                with self.accelerator.autocast():
+            # Checkpointed layers run again on the way back.
+            with _attention(self.device), self.norms:
+                with self.autocast:
                     loss, similarity = self.objective(self.wrapped, batch)
                 # Processes average their gradients: times their number, shares add up to the mean.
                 self.accelerator.backward(loss * (share * self.world))
@@ -323,8 +318,10 @@ class _Loop:
 
     def _similarities(self):
         """Return this epoch's similarities so far over all processes, NaN where there is none."""
-        similarity, visited = self.accelerator.reduce([self.similarity, self.visited], "sum")
-        return np.where(visited.cpu() > 0, similarity.cpu(), np.nan).astype(np.float32)
+        visited = self.similarity.isfinite()
+        sums = [self.similarity.where(visited, 0), visited.float()]
+        similarity, visited = self.accelerator.reduce(sums, "sum")
+        return similarity.where(visited > 0, np.nan).cpu().numpy()
 
     def _log(self, epoch, **more):
         """Add a line to the metrics: the mean loss since the last one."""
@@ -346,14 +343,13 @@ class _Loop:
 
     def _end_epoch(self, epoch):
         self.history[epoch] = self._similarities()
-        self.similarity.zero_()
-        self.visited.zero_()
+        self.similarity.fill_(np.nan)
         train = float(np.nanmean(self.history[epoch]))
         val, val_loss = self._validate()
         self._log(epoch, train_similarity=train, val_similarity=val, val_loss=val_loss)
         is_best = val > self.best_score
         if is_best:
-            self.best_epoch, self.best_score = epoch, val
+            self.best_score = val
             if self.accelerator.is_main_process:
                 meta = {"epoch": epoch, "val_similarity": val}
                 runs.save_weights(self.model, self.folder / runs.WEIGHTS, meta)
@@ -373,36 +369,33 @@ class _Loop:
         mine = np.array_split(rows, self.world)[self.rank]
         whole = self.reader.whole(rows)
         size = max(self.config.batch_size // self.config.micro_batches, 1)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with evaluating(self.model), self.accelerator.autocast():
+        sums = torch.zeros(2).to(self.loss)
+        with evaluating(self.model), self.autocast:
             for start in range(0, len(mine), size):
                 part = mine[start : start + size]
                 batch = self._to_device(self.data.batch(part)) | whole
                 loss, similarity = self.objective(self.model, batch)
-                sums += torch.stack([similarity.double().sum(), loss.double() * len(part)])
+                sums += torch.stack([similarity.to(sums).sum(), loss.to(sums) * len(part)])
         return (self.accelerator.reduce(sums, "sum") / len(rows)).tolist()
 
     def _save(self, epoch):
         if not self.accelerator.is_main_process:
             return
-        names = ("step", "best_epoch", "best_score", "records")
-        meta = {name: getattr(self, name) for name in names}
+        meta = {"step": self.step, "best_score": self.best_score, "records": self.records}
         path, history = self.folder / runs.CHECKPOINT, self.history[: epoch + 1]
         runs.save_checkpoint(path, self.model, self.optimizer, history, meta)
 
     def _resume(self):
         """Take up the checkpoint if there is one, and its half-finished epoch; say what changed."""
         path = self.folder / runs.CHECKPOINT
-        precision = self.accelerator.mixed_precision.replace("no", "fp32")
-        now = {**runtime.environment(), "device": str(self.device), "precision": precision}
+        now = {**runtime.environment(), "device": str(self.device), "precision": self.precision}
         if not path.exists():
             if self.accelerator.is_main_process:
                 files.write_json(self.folder / runs.ENVIRONMENT, now)
             return
         history, meta = runs.load_checkpoint(path, self.model, self.optimizer)
         self.history[: len(history)] = history
-        for name, value in meta.items():
-            setattr(self, name, value)
+        vars(self).update(meta)
         before = files.read_json(self.folder / runs.ENVIRONMENT)
         watched = ("threads", "versions", "cpu_capability", "gpu", "device", "precision")
         changed = ", ".join(name for name in watched if before.get(name) != now[name])
@@ -410,9 +403,7 @@ class _Loop:
         where = f"resuming at step {self.step} of {self.plan.total}{note if changed else ''}"
         runtime.log(f"{files.relative(self.folder)}: {where}")
         if not self.rank and self.step < self.plan.total:
-            stored = torch.from_numpy(self.history[self.plan.epoch(self.step)])
-            self.visited += stored.isfinite().to(self.device)
-            self.similarity += stored.nan_to_num().to(self.device)
+            self.similarity.copy_(torch.from_numpy(self.history[self.plan.epoch(self.step)]))
 
     def _write_difficulty(self):
         """Write each training sample's similarity in each epoch, in row order."""
@@ -426,14 +417,13 @@ def _accelerator(config):
     import accelerate
 
     device = runtime.device(config.device)
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     many = torch.distributed.is_initialized()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=not many)
-    precision = runtime.precision(config.precision, device).replace("fp32", "no")
-    return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
 def _attention(device):

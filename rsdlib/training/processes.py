@@ -1,5 +1,6 @@
 """Several processes that train one run: started here, or by hand with torchrun on many machines."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,10 +9,11 @@ import time
 
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rsdlib import files, runtime
-from rsdlib.errors import RsdError
+from rsdlib.errors import DeviceError, RsdError
 
 PARENT = "RSD_PARENT"  # the process that started this one and must not die before it
 
@@ -30,17 +32,21 @@ def launch(folder, processes):
 
     Raises
     ------
+    DeviceError
+        This is Windows.
     RsdError
         They did not train it to its end.
     """
+    if sys.platform == "win32":
+        raise DeviceError("Windows does not train in several processes", "Use processes=1, or WSL.")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "rsdlib.cli", "train", str(folder)]
     threads = max((os.cpu_count() or 1) // processes, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "RSD_HEADLESS": "1"}
-    environment[PARENT] = str(os.getpid())
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment |= {PARENT: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     reason = "their last words stand above"
-    with subprocess.Popen(command, env=environment, **how) as child:
+    with subprocess.Popen(command, env=environment, errors="replace", **how) as child:
         try:
             for line in map(str.rstrip, child.stdout):
                 runtime.log(line)
@@ -85,43 +91,41 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient.contiguous())
 
 
-class SharedNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the global batch, whose rows lie in several processes.
+class SharedNorms(torch.overrides.TorchFunctionMode):
+    """Where this is entered, batch normalisation sees the rows of all processes.
 
-    As `torch.nn.SyncBatchNorm`, which runs on GPUs alone. A process without rows of its own joins
-    in with rows that do not count: `counts` is 0 there.
+    As `torch.nn.SyncBatchNorm`, which runs on GPUs alone and takes the place of the layers. A
+    process without rows of its own joins in with rows that do not count: `counts` is 0 there.
     """
 
     counts = 1.0
 
-    def _check_input_dim(self, input):
-        pass  # the layer whose place this takes has checked
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Run any other function as it is."""
+        kwargs = kwargs or {}
+        shared = function is F.batch_norm and kwargs["training"]
+        return self.normalise(*args, **kwargs) if shared else function(*args, **kwargs)
 
-    def forward(self, input):
+    def normalise(self, input, running_mean, running_var, weight, bias, training, momentum, eps):
         """Normalise (b, c, ...) by the mean and variance of all processes' rows."""
-        if not self.training:
-            return super().forward(input)
         places = [0, *range(2, input.dim())]
         shape = [1, -1, *[1] * (input.dim() - 2)]
         count = _Sum.apply(input.new_tensor(self.counts * input.numel() / input.shape[1]))
         mean = _Sum.apply(self.counts * input.sum(places)) / count
         centred = input - mean.view(shape)
         variance = _Sum.apply(self.counts * centred.square().sum(places)) / count
-        if self.track_running_stats:
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
-        normal = centred * (variance + self.eps).rsqrt().view(shape)
-        return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
+        if running_mean is not None:
+            running_mean.lerp_(mean.detach(), momentum)
+            running_var.lerp_(variance.detach() * count / (count - 1), momentum)
+        normal = centred * (variance + eps).rsqrt().view(shape)
+        return normal if weight is None else normal * weight.view(shape) + bias.view(shape)
 
 
-def share_norms(model):
-    """Let every batch normalisation of a model see the rows of all processes; return those."""
+def shared_norms(model):
+    """Return what to train a model's batch normalisations within; nothing where it has none."""
     kind = nn.modules.batchnorm._BatchNorm
-    norms = [(module, type(module)) for module in model.modules() if isinstance(module, kind)]
-    for norm, _ in norms:
-        norm.__class__ = SharedNorm  # its weights, their names and its hooks stay
-    return norms
+    has_some = any(isinstance(module, kind) for module in model.modules())
+    return SharedNorms() if has_some else contextlib.nullcontext()
 
 
 def is_one_of_many():

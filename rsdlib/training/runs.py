@@ -1,19 +1,17 @@
 """Run folders: who may write to one, what it was made from, its weights, its checkpoint."""
 
-import collections
 import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pandas as pd
 import torch
 
 from rsdlib import files, runtime
 from rsdlib.config import FREE, TrainConfig
-from rsdlib.errors import CacheError, CheckpointError, RunBusyError, refusing
+from rsdlib.errors import CacheError, CheckpointError
 
 LAYOUT = 2  # of a run folder; another one is refused by name
 CONFIG, ENVIRONMENT = "config.json", "run.json"
@@ -95,15 +93,12 @@ def load_run(folder):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a run folder for this process; a killed holder's lock is gone with it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold a run folder for this process and those that train with it."""
     if not runtime.is_main_process():
         yield
         return
-    message = f"another process is training in {files.relative(folder)}"
-    with refusing(filelock.Timeout, RunBusyError, message, "Wait for it, or use another folder."):
-        lock = filelock.FileLock(folder / ".lock", timeout=0).acquire()
-    with lock:
+    busy = f"another process is training in {files.relative(folder)}"
+    with files.locked(folder / ".lock", busy):
         files.remove_leftovers(folder)
         yield
 
@@ -186,13 +181,9 @@ def to_torch(arrays):
     return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
 
 
-def grouped(arrays):
-    """Return named arrays by what stands before the first dot of their names."""
-    groups = collections.defaultdict(dict)
-    for name, value in arrays.items():
-        group, _, rest = name.partition(".")
-        groups[group][rest] = value
-    return groups
+def below(arrays, name):
+    """Return those of some arrays whose names begin with `name`, without it."""
+    return {n.removeprefix(name): array for n, array in arrays.items() if n.startswith(name)}
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -209,8 +200,9 @@ def save_checkpoint(path, model, optimizer, history, meta):
 def load_checkpoint(path, model, optimizer):
     """Load a checkpoint into a model and its optimizer; return its history and its meta."""
     arrays, meta = files.load_arrays(path)
-    stored = grouped(arrays)
-    load_arrays_into(model, stored["model"], path)
-    state = {int(n): to_torch(moments) for n, moments in grouped(stored["optimizer"]).items()}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    load_arrays_into(model, below(arrays, "model."), path)
+    state = optimizer.state_dict()
+    for n in [number for group in state["param_groups"] for number in group["params"]]:
+        state["state"][n] = to_torch(below(arrays, f"optimizer.{n}."))
+    optimizer.load_state_dict(state)
     return arrays["history"], meta

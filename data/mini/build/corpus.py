@@ -7,7 +7,6 @@ The foundation models learn from it and from nothing else; none of its pictures 
 
 import functools
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -98,7 +97,7 @@ class Corpus:
         missing = [number for number in numbers if not _shard_path(seed, number).exists()]
         if missing:
             load_sprites()  # fetched once, before the workers start
-            with ProcessPoolExecutor(os.cpu_count()) as pool:
+            with ProcessPoolExecutor() as pool:
                 made = pool.map(functools.partial(_make_shard, seed), missing)
                 list(runtime.track(made, "drawing renders, shards", len(missing)))
         paths = [_shard_path(seed, number) for number in numbers]

@@ -132,7 +132,7 @@ def _fetch(package: Package) -> bytes:
         print(f"fetching {package.name}@{package.version} ...", flush=True)
         spec = f"{package.name}@{package.version}"
         done = subprocess.run(
-            [npm, "pack", spec, "--silent"], cwd=CACHE, capture_output=True, text=True
+            [npm, "pack", spec, "--silent"], cwd=CACHE, capture_output=True, encoding="utf-8"
         )
         if done.returncode:
             raise RuntimeError(f"npm pack {spec} failed: {done.stderr.strip()}")
