@@ -352,6 +352,24 @@ def best_run(profile=None, captions=False):
     raise CacheError(f"{what} is trained yet below runs/{places}", _TRAIN[captions])
 
 
+def best_readers(profile, prepared):
+    """Return each backbone's best finished run on some prepared pairs.
+
+    Parameters
+    ----------
+    profile : str
+    prepared : str
+        Key of the pairs.
+
+    Returns
+    -------
+    dict of str to Path
+    """
+    runs = pd.DataFrame(_finished(files.root() / "runs" / profile, captions=False))
+    runs = runs[runs["data"] == prepared].sort_values(["words", "score"])
+    return runs.groupby("reader")["folder"].last().to_dict()
+
+
 def _finished(folder, captions):
     """Yield what is to be known of a profile's runs of a kind to choose among them."""
     for path in sorted(folder.glob("*/difficulty.parquet")):
@@ -363,4 +381,5 @@ def _finished(folder, captions):
         if recipe.captions == captions and recipe.backbone.library != "own":
             score = training.load_run(path.parent).metrics["val_similarity"].max()
             run = {"folder": path.parent, "data": recipe.prepared, "made": path.stat().st_mtime}
+            run["reader"] = re.split("-(?:mlc|vanilla)", path.parent.name)[0]
             yield run | {"words": bool(recipe.words) and not captions, "score": score}

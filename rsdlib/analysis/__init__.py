@@ -1,8 +1,13 @@
 """What predictions are worth: scores and how sure they are, comparisons, tables and figures."""
 
 from rsdlib.analysis import explorers, metrics, tables
-from rsdlib.analysis.explorers import explore_dakl, explore_map, explore_pairs, explore_readers
-from rsdlib.analysis.explorers import explore_swap
+from rsdlib.analysis.explorers import (
+    explore_dakl,
+    explore_map,
+    explore_pairs,
+    explore_readers,
+    explore_swap,
+)
 from rsdlib.analysis.metrics import bootstrap_ci, clipscore, paired_test, ref_clipscore, retrieval
 from rsdlib.analysis.plots import (
     plain,
