@@ -456,7 +456,7 @@ def main(arguments=None):
     """Run ``rsd``; errors that `rsdlib` names end in one line and a documented exit code.
 
     Exit codes: 0 done, 1 a notebook failed, 2 wrong usage or parameter, 3 refused input, 130
-    interrupted, 138 the kernel died.
+    interrupted, 138 the kernel died, 141 nobody reads on.
     """
     commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
     commands |= {"extract": extract, "train": train, "data": data, "models": models}
@@ -465,12 +465,16 @@ def main(arguments=None):
         sys.stdout.reconfigure(errors="backslashreplace")  # as the standard error's always
     try:
         tyro.extras.subcommand_cli_from_dict(commands, **how)
+        sys.stdout.flush()
     except RsdError as error:
         print(f"rsd: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("rsd: stopped; run it again, it resumes", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -211,3 +212,13 @@ def test_predict_without_a_run_says_what_to_do(tmp_path):
     done = rsd("predict", image, cwd=tmp_path)
     assert done.returncode == 3
     assert "Run: rsd run 01_train_vit" in done.stderr
+
+
+def test_who_reads_on_no_longer_gets_no_traceback(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["models", "list"])
+    assert ended.value.code == 141

@@ -78,5 +78,6 @@ def test_make_lets_processes_keep_what_they_compiled():
     makefile = "include Makefile\nshow:\n\t@echo [$$PYTHONDONTWRITEBYTECODE]\n"
     how = {"cwd": REPOSITORY, "input": makefile, "capture_output": True, "text": True}
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(["make", "-f", "-", "show"], env=environment, check=True, **how)
+    command = ["make", "--no-print-directory", "-f", "-", "show"]
+    done = subprocess.run(command, env=environment, check=True, **how)
     assert done.stdout.strip() == "[]"
