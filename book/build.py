@@ -21,8 +21,10 @@ def build(executed, out):
     shutil.copytree(HERE.parent / "figures", work / "figures", ignore=_but_pictures)
     shutil.copy(HERE / "conf.py", work)
     (work / "notebooks").mkdir()
-    for path in sorted(executed.glob("[0-9][0-9]_*.ipynb")):
-        nbformat.write(prepared(nbformat.read(path, 4)), work / "notebooks" / path.name)
+    paths = sorted(executed.glob("[0-9][0-9]_*.ipynb"))
+    for path in paths:
+        notebook = prepared(nbformat.read(path, 4), {other.name for other in paths})
+        nbformat.write(notebook, work / "notebooks" / path.name)
     names = [path.stem for path in sorted((work / "notebooks").iterdir())]
     if not names:
         sys.exit(f"no executed notebook is in {executed}: run them first, make reproduce")
@@ -36,12 +38,13 @@ def _but_pictures(folder, names):
     return [name for name in names if not name.endswith(".png")]
 
 
-def prepared(notebook):
+def prepared(notebook, known):
     """Return a notebook as the book shows it: code folded, figures with a text, pages alive."""
     notebook.metadata.pop("widgets", None)
     said = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
+            cell.source = _linked(cell.source, known)
             said = _first_sentence(cell.source) or said
             continue
         tags = set(cell.metadata.get("tags", []))
@@ -52,6 +55,16 @@ def prepared(notebook):
         for output in cell.outputs:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return notebook
+
+
+def _linked(text, known):
+    """Return Markdown whose links lead to pages of the book or outside; others are text."""
+
+    def link(match):
+        there = match[2] in known or match[2].startswith(("#", "http"))
+        return match[0] if there else match[1]
+
+    return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]*)\)", link, text)
 
 
 def _first_sentence(text):
@@ -65,16 +78,7 @@ def _first_sentence(text):
 def _write_pages(work, names):
     """Write the front page, and one for each room of the package."""
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    for name in names:
-        readme = readme.replace(f"(notebooks/{name}.ipynb)", f"(notebooks/{name}.ipynb)")
-    known = {f"notebooks/{name}.ipynb" for name in names}
-
-    def link(match):
-        text, target = match.groups()
-        inside = target.startswith(("figures/", "#", "http")) or target in known
-        return match.group(0) if inside else text
-
-    front = re.sub(r"(?<!!)\[([^\]]*)\]\(([^)]*)\)", link, readme)
+    front = _linked(readme, {f"notebooks/{name}.ipynb" for name in names})
     toc = "\n\n```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n"
     pages = [f"notebooks/{name}" for name in names]
     rooms = [f"package/{room}" for room in (*ROOMS, *OTHERS)]
