@@ -29,7 +29,9 @@ MOST = 6000  # pictures in one sheet: an explorer's saved form stays below 2 MB
 @functools.cache
 def _module(name):
     folder = Path(__file__).parent / "js"
-    return "\n".join((folder / f"{file}.js").read_text("utf-8") for file in ("common", name))
+    return "\n".join(
+        (folder / f"{file}.js").read_text(encoding="utf-8") for file in ("common", name)
+    )
 
 
 class Explorer(anywidget.AnyWidget):
