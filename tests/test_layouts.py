@@ -652,3 +652,8 @@ def test_prompts_are_counted_and_written_beside_pictures(source, capsys):
     assert "0 .txt written" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["data", "fetch", "elsewhere"])
+
+
+def test_prompts_of_no_folder_are_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere"):
+        data.find_prompts(tmp_path / "nowhere")

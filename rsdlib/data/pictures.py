@@ -78,9 +78,15 @@ def find_prompts(folder, names=None):
         ``id``, the relative path; ``prompt``, see `plain`; ``image``, the path; ``raw_prompt`` as
         it was written; ``negative_prompt``; ``writer``, the program or the file beside the picture;
         ``reason``, why there is no prompt, which is then missing, "" if there is one.
+
+    Raises
+    ------
+    ConfigError
+        There is no such folder, or no image in it.
     """
     folder = files.resolve_path(folder)
-    names = list_pictures(list_files(folder)) if names is None else names
+    if names is None:
+        names = [path.relative_to(folder).as_posix() for path in find_images(folder)]
 
     def read(name):
         raw, negative, writer, reason = _told(folder / name)
@@ -122,4 +128,6 @@ def write_sidecars(prompts):
     free = ours & ~paths.duplicated(keep=False) & ~paths.map(Path.exists)
     for path, prompt in zip(paths[free], prompts["raw_prompt"][free], strict=True):
         files.write_text(path, f"{prompt}\n")
-    runtime.log(f"{sum(free):,} .txt written; {sum(ours & ~free):,} not: two would share it")
+    runtime.log(
+        f"{sum(free):,} .txt written; {sum(ours & ~free):,} not: they are there, or two share one"
+    )
