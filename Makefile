@@ -84,10 +84,10 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout=1800
 
-# Opens on a page that says what is here; kernels speak through files, not through the network.
+# Opens on a page that says what is here; what kernels say is encrypted.
 lab: $(READY)
 	@$(BIN)/python book/start.py
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/runs/start.ipynb --KernelManager.transport=ipc
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/runs/start.ipynb --KernelManager.transport_encryption=auto
 
 # For a JupyterLab or an editor that was started elsewhere.
 kernel: $(READY)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nbformat
 
+from rsdlib import files
+
 HERE = Path(__file__).parent
 ROOMS = ("data", "models", "training", "ensemble", "analysis")
 OTHERS = ("experiment", "predict", "config", "weights", "files", "runtime", "errors", "cli")
@@ -94,6 +96,6 @@ def _write_pages(work, names):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="mini")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "book")
+    parser.add_argument("--out", type=Path, default=files.root() / "runs" / "book")
     asked = parser.parse_args()
-    print(build(HERE.parent / "runs" / asked.profile / "notebooks", asked.out.absolute()))
+    print(build(files.root() / "runs" / asked.profile / "notebooks", asked.out.absolute()))

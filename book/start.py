@@ -13,6 +13,8 @@ import nbformat
 from nbformat.sign import NotebookNotary
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from rsdlib import files
+
 ROOT = Path(__file__).parents[1]
 PICTURE, MAP = "01_vit_neighbours.png", "06_map.html"
 HELLO = """# Reverse Stable Diffusion: start here
@@ -78,7 +80,7 @@ def page(runs):
 
 def main():
     """Write the start page, trusted, so that its map is alive when it opens."""
-    runs = ROOT / "runs"
+    runs = files.root() / "runs"
     runs.mkdir(exist_ok=True)
     notebook = page(runs)
     temporary = runs / ".start.ipynb.tmp"

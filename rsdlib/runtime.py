@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -162,6 +163,27 @@ def track(iterable, description, total=None, every=5.0):
             seconds_left = (now - start) / count * ((total or count) - count)
             left = f"/{total}, about {seconds_left:.0f} s left" if total else ""
             log(f"{description}: {count}{left}")
+
+
+def _is_error(record):
+    return record.levelno >= logging.ERROR
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep transformers and diffusers from leaving dead bars behind, open_clip from warning."""
+    names = ("transformers.utils.logging", "diffusers.utils.logging")
+    shown = [sys.modules[name] for name in names if name in sys.modules]
+    shown = [module for module in shown if module.is_progress_bar_enabled()]
+    logging.root.addFilter(_is_error)  # open_clip warns by the root's own logger
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(_is_error)
+        for module in shown:
+            module.enable_progress_bar()
 
 
 def require(module, package=None):

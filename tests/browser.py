@@ -16,6 +16,14 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--no-first-run"]
+EVIL = (
+    "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">",
+    "$$\\frac{1}{2}$$ costs $5 and `code` & \"quotes' </iframe></script>",
+    "🦊 a fox, 狐狸",
+    "שלום עולם, a picture",
+    "word " * 599 + "end",
+    "a line\nand another\u2028and a third",
+)
 HARMLESS = "Got invalid theme mode"  # the book's theme, on a first visit
 
 
@@ -62,25 +70,22 @@ def _free_port():
 
 
 @contextlib.contextmanager
-def lab(root, home, theme="JupyterLab Light"):
+def lab(root, home):
     """Start JupyterLab on a folder, with settings of its own; yield its address."""
     home = Path(home)
     news = {"@jupyterlab/apputils-extension:announcements": True}
-    files = {
-        "labconfig/page_config.json": {"disabledExtensions": news},
-        "s/@jupyterlab/apputils-extension/themes.jupyterlab-settings": {"theme": theme},
-    }
-    for name, value in files.items():
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        (home / name).write_text(json.dumps(value), encoding="utf-8")
+    (home / "labconfig").mkdir(parents=True)
+    settings = json.dumps({"disabledExtensions": news})
+    (home / "labconfig/page_config.json").write_text(settings, encoding="utf-8")
     port = _free_port()
-    folders = {"CONFIG_DIR": home, "DATA_DIR": home / "d", "RUNTIME_DIR": home / "r"}
-    environment = os.environ | {f"JUPYTER_{name}": str(path) for name, path in folders.items()}
+    environment = {name: value for name, value in os.environ.items() if name != "RSD_HEADLESS"}
+    environment |= {"JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home / "r")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     command += [f"--ServerApp.root_dir={root}", "--IdentityProvider.token="]
     command += ["--LabApp.expose_app_in_browser=True", f"--LabApp.workspaces_dir={home}/w"]
     command += [f"--LabApp.user_settings_dir={home}/s"]
+    command += ["--KernelManager.transport_encryption=auto"]  # as make lab does
     with (home / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stderr=log, stdout=log)
         try:
@@ -89,6 +94,7 @@ def lab(root, home, theme="JupyterLab Light"):
         finally:
             server.terminate()
             server.wait(20)
+    assert "without encryption" not in (home / "lab.log").read_text(encoding="utf-8")
 
 
 def _wait_for(url, server, seconds=60):
@@ -101,6 +107,7 @@ def _wait_for(url, server, seconds=60):
     raise TimeoutError("JupyterLab does not answer")
 
 
+NOTEBOOK = "jupyterapp.shell.currentWidget.content"
 IDLE = "jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 
@@ -110,7 +117,18 @@ def open_notebook(page, url, path):
     page.wait_for_function(f"window.{IDLE}", timeout=90_000)
 
 
-def run_all(page):
-    """Run all cells; return whether none failed."""
-    page.set_default_timeout(240_000)
-    return page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+def shut(page):
+    """End the kernel of the notebook that is open."""
+    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+
+
+def command(page, name, **arguments):
+    """Do what a command of JupyterLab does, and wait for its end."""
+    return page.evaluate("([n, a]) => jupyterapp.commands.execute(n, a)", [name, arguments])
+
+
+def run_last(page):
+    """Run the last cell; return what it printed."""
+    page.evaluate("(n => { n.activeCellIndex = n.widgets.length - 1 })" + f"({NOTEBOOK})")
+    command(page, "notebook:run-cell")
+    return page.evaluate(f"{NOTEBOOK}.widgets.at(-1).outputArea.node.innerText")

@@ -20,6 +20,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config):
     """Let ``rsd`` and the kernels of notebooks begin warm, from one server for all workers."""
+    if "JUPYTER_DATA_DIR" not in os.environ:  # signatures of executed notebooks: none in the home
+        data = tempfile.TemporaryDirectory(prefix="rsd-")
+        config.add_cleanup(data.cleanup)
+        os.environ["JUPYTER_DATA_DIR"] = data.name
     if sys.platform == "linux" and warm.SERVER not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="rsd-")
         config.add_cleanup(folder.cleanup)

@@ -9,21 +9,13 @@ import zlib
 import numpy as np
 import pandas as pd
 import pytest
-from browser import browser, watched
+from browser import EVIL, browser, watched
 
 from rsdlib import analysis
 from rsdlib.analysis.explorers import Explorer, plane
 from rsdlib.errors import BadImageError, BadValueError
 from rsdlib.predict import Prediction
 
-EVIL = (
-    "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">",
-    "$$\\frac{1}{2}$$ costs $5 and `code` & \"quotes' </iframe></script>",
-    "🦊 a fox, 狐狸",
-    "שלום עולם, a picture",
-    "word " * 599 + "end",
-    "a line\nand another\u2028and a third",
-)
 N = 40
 
 

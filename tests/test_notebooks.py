@@ -1,17 +1,26 @@
 """Notebooks run headless at the smoke size, from anywhere, and what they have trained is used."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.parse
+from html.parser import HTMLParser
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import rsd
+from browser import EVIL, browser, command, lab, open_notebook, run_last, shut, watched
+from conftest import REPOSITORY, rsd
+from nbformat.sign import NotebookNotary
+from papermill.parameterize import parameterize_notebook
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from rsdlib import data, experiment, files, predict
+from rsdlib import analysis, data, experiment, files, predict
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +88,20 @@ OTHERS = {
 }
 
 
-@pytest.mark.timeout(600)
-def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained):
+@pytest.fixture(scope="module")
+def complete(trained):
+    """Run the others after them; what each said stands in its place."""
+    said = {}
     for name, parameters in OTHERS.items():
         pairs = zip(parameters[::2], parameters[1::2], strict=True)
-        done = rsd(
-            "run",
-            name,
-            "-p",
-            "profile",
-            "smoke",
-            *(word for pair in pairs for word in ("-p", *pair)),
-            cwd=trained,
-        )
-        assert done.returncode == 0, f"{name}: {done.stderr}"
+        values = [word for pair in pairs for word in ("-p", *pair)]
+        said[name] = rsd("run", name, "-p", "profile", "smoke", *values, cwd=trained)
+        assert said[name].returncode == 0, f"{name}: {said[name].stderr}"
+    return said
+
+
+@pytest.mark.timeout(600)
+def test_the_others_store_what_the_tables_are_made_of(trained, complete):
     (folder,) = (trained / "runs/smoke").glob("figures-*")
     assert {path.name[:2] for path in folder.glob("*.png")} == {
         f"{number:02}" for number in range(11)
@@ -102,6 +111,20 @@ def test_the_others_run_after_them_and_store_what_the_tables_are_made_of(trained
     }
     done = rsd("tables", "--profile", "smoke", cwd=trained)
     assert done.stdout.count("| method |") == 5
+
+
+def test_executed_notebooks_are_trusted_and_hold_no_residue(trained, complete):
+    for name, done in complete.items():
+        assert "IPKernelApp" not in done.stdout + done.stderr
+        notebook = nbformat.read(trained / f"runs/smoke/notebooks/{name}.ipynb", as_version=4)
+        assert NotebookNotary().check_signature(notebook), name
+        outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+        streams = "".join(out.text for out in outputs if out.output_type == "stream")
+        assert "%|" not in streams, name  # a bar
+        assert "WARNING" not in streams, name
+        assert not any(
+            "application/vnd.jupyter.widget-view+json" in out.get("data", ()) for out in outputs
+        )
 
 
 def test_predict_reads_an_image(trained, tmp_path):
@@ -137,3 +160,224 @@ def test_predictions_of_the_run_folder_are_those_of_the_predictor(trained):
     np.testing.assert_allclose(
         predict.Predictor.load(folder).predict(locators).embeddings, stored[:5], atol=1e-5
     )
+
+
+# --- in JupyterLab and as a book, in a browser ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def jupyter(trained, complete, tmp_path_factory):
+    """Yield a browser and the address of a JupyterLab on the project."""
+    with browser() as chromium, lab(trained, tmp_path_factory.mktemp("lab")) as url:
+        yield chromium, url
+
+
+def move_pairs(page):
+    grid = page.get_by_role("application")
+    grid.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.get_by_text(", 1 selected").wait_for()
+    page.get_by_role("button", name="select all shown").click()
+    shown = page.get_by_text(" selected").first.inner_text()
+    assert run_last(page).strip() == f"{shown.split()[0]} rows"
+
+
+def move_map_and_dakl(page):
+    page.get_by_label("search in prompts").fill("a")
+    page.get_by_role("button", name="select found").click()
+    shown = page.get_by_text(" selected").first.inner_text()
+    assert run_last(page).strip() == f"{shown.split()[0]} rows"
+    share = page.get_by_role("slider").nth(2)
+    share.focus()
+    page.keyboard.press("Home")
+    page.get_by_text("0% DAKL").first.wait_for()
+
+
+def move_swap(page):
+    place = page.get_by_role("slider").nth(2)
+    place.focus()
+    before = page.locator("figcaption").last.inner_text()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("figcaption").last.inner_text() != before
+
+
+def move_readers(page):
+    page.get_by_text("1 of ").first.wait_for()
+    page.get_by_role("button", name="next").click()
+    page.get_by_text("2 of ").first.wait_for()
+
+
+def ask_for_a_picture(page):
+    move_readers(page)
+    picture = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
+    told = PngInfo()
+    told.add_text("parameters", "a red fox on a hill\nSteps: 20, Sampler: Euler a, Seed: 1")
+    content = io.BytesIO()
+    picture.save(content, "PNG", pnginfo=told)
+    file = {"name": "own.png", "mimeType": "image/png", "buffer": content.getvalue()}
+    page.get_by_label("picture of your own").set_input_files(file)
+    page.get_by_text("asked for: a red fox on a hill").wait_for()
+    page.get_by_label("path of a picture").fill("nowhere.png")
+    page.get_by_role("button", name="read", exact=True).click()
+    page.get_by_text("nowhere.png").first.wait_for()
+
+
+MOVES = {
+    "05_curriculum": move_pairs,
+    "06_ensemble_dakl": move_map_and_dakl,
+    "07_unet_swap": move_swap,
+    "08_captioning": move_readers,
+    "10_your_pictures": ask_for_a_picture,
+}
+THEMES = {"07_unet_swap": "JupyterLab Dark"}
+WIDTHS = {"08_captioning": 500}
+ROWS = """if "explorer" in globals():
+    print(len(explorer.rows), "rows")"""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MOVES)
+def test_explorers_answer_in_jupyterlab(trained, jupyter, tmp_path, name):
+    names, values = OTHERS[name][::2], OTHERS[name][1::2]
+    parameters = {n: json.loads(str(value)) for n, value in zip(names, values, strict=True)}
+    notebook = nbformat.read(trained / f"notebooks/{name}.ipynb", as_version=4)
+    notebook = parameterize_notebook(notebook, {"profile": "smoke", **parameters})
+    notebook.cells.append(nbformat.v4.new_code_cell(ROWS))
+    path = trained / f"runs/live/{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    chromium, url = jupyter
+    with watched(chromium, width=WIDTHS.get(name, 1200)) as page:
+        open_notebook(page, url, f"runs/live/{name}.ipynb")
+        command(page, "apputils:change-theme", theme=THEMES.get(name, "JupyterLab Light"))
+        assert command(page, "notebook:run-all-cells")
+        MOVES[name](page)
+        page.screenshot(path=tmp_path / f"{name}.png")
+        shut(page)
+
+
+def test_an_executed_notebook_opens_alive(jupyter):
+    chromium, url = jupyter
+    with watched(chromium) as page:
+        open_notebook(page, url, "runs/smoke/notebooks/05_curriculum.ipynb")
+        frame = page.frame_locator("iframe[title=pairs]")
+        frame.get_by_role("button", name="select all shown").click()
+        frame.get_by_text(" selected").first.wait_for()
+        shut(page)
+
+
+def test_hostile_prompts_are_literal_in_jupyterlab(jupyter, hostile):
+    chromium, url = jupyter
+    with watched(chromium) as page:
+        open_notebook(page, url, "runs/smoke/notebooks/99_hostile.ipynb")
+        expect_literal(page, ".jp-Notebook")
+        shut(page)
+
+
+def test_the_start_page_shows_what_is_computed_and_leads_there(trained, jupyter, tmp_path):
+    done = subprocess.run([sys.executable, REPOSITORY / "book/start.py"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    chromium, url = jupyter
+    with watched(chromium) as page:
+        open_notebook(page, url, "runs/start.ipynb")
+        page.locator(".jp-OutputArea img").first.wait_for()
+        page.frame_locator("iframe[title=map]").get_by_text(" prompts").first.wait_for()
+        page.screenshot(path=tmp_path / "start.png")
+        assert page.get_by_role("link", name="smoke").count() == 11
+        page.get_by_role("link", name="05_curriculum").click()
+        page.get_by_role("tab", name="05_curriculum.ipynb").wait_for()
+
+
+@pytest.fixture(scope="module")
+def hostile(trained, complete):
+    """Put a notebook beside the executed ones that shows hostile prompts in every way; trusted."""
+    frame = pd.DataFrame({"prompt": EVIL, "difficulty": np.arange(len(EVIL)) / 10})
+    pictures = np.zeros((len(EVIL), 3, 8, 8), np.uint8)
+    with pd.option_context("display.max_colwidth", None):
+        shown = frame.to_html()
+    new = nbformat.v4
+    outputs = [
+        new.new_output("display_data", {"text/html": shown, "text/plain": ""}),
+        new.new_output("stream", text="\n".join(EVIL)),
+        new.new_output("execute_result", {"text/plain": str(EVIL)}),
+    ]
+    explorer = analysis.explore_pairs(pictures, frame)
+    page = {"text/html": explorer.page(), "text/plain": explorer.text}
+    outputs.append(new.new_output("display_data", page))
+    cells = [new.new_markdown_cell("# Hostile"), new.new_code_cell("1", outputs=outputs)]
+    path = trained / "runs/smoke/notebooks/99_hostile.ipynb"
+    nbformat.write(new.new_notebook(cells=cells), path)
+    NotebookNotary().sign(nbformat.read(path, as_version=4))
+    return path
+
+
+def expect_literal(page, place):
+    """Every hostile prompt stands there as it is, thrice, and has done nothing."""
+    page.frame_locator("iframe[title=pairs]").get_by_text(EVIL[0]).first.wait_for()
+    text = re.sub(r"\s+", " ", page.locator(place).first.inner_text())
+    for prompt in EVIL:
+        assert text.count(re.sub(r"\s+", " ", prompt).strip()) >= 2, prompt
+    assert "taken" not in page.title()
+    assert page.locator("mjx-container, .MathJax").count() == 0
+
+
+@pytest.fixture(scope="module")
+def book(trained, complete, hostile):
+    """Build the book of what was executed; return its folder."""
+    command = [sys.executable, REPOSITORY / "book/build.py", "--profile", "smoke"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
+    return trained / "runs/book"
+
+
+class Page(HTMLParser):
+    """What a page of the book leads to, and its images without a text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.leads, self.mute = [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        where = attributes.get({"a": "href", "link": "href"}.get(tag, "src"))
+        if where and tag in ("a", "link", "img", "script"):
+            self.leads.append(where)
+        if tag == "img" and len(attributes.get("alt") or "") < 10:
+            self.mute.append(attributes)
+
+
+def test_the_book_is_whole(book):
+    pages = {path: Page(path) for path in book.rglob("*.html")}
+    assert {*(f"{number:02}" for number in range(11)), "99"} == {
+        path.name[:2] for path in pages if path.parent.name == "notebooks"
+    }
+    for path, page in pages.items():
+        assert not page.mute, path
+        for where in page.leads:
+            part = urllib.parse.urlsplit(where)
+            if part.scheme not in ("http", "https", "mailto", "data"):
+                there = path.parent / urllib.parse.unquote(part.path) if part.path else path
+                assert there.resolve().exists(), f"{path.name} leads to {where}"
+    size = sum(path.stat().st_size for path in book.rglob("*") if path.is_file())
+    assert size <= 40e6
+
+
+def test_the_book_opens_from_a_file_and_can_be_searched(book, tmp_path):
+    with browser() as chromium, watched(chromium) as page:
+        page.goto((book / "index.html").as_uri())
+        page.screenshot(path=tmp_path / "front.png")
+        page.get_by_role("link", name=re.compile("Four readers|ensemble", re.I)).first.click()
+        frame = page.frame_locator("iframe[title=map]")
+        frame.get_by_label("search in prompts").fill("a")
+        frame.get_by_role("button", name="select found").click()
+        frame.get_by_text(" selected").first.wait_for()
+        assert page.get_by_role("math").count() or page.locator("math").count()
+        page.goto(f"{(book / 'search.html').as_uri()}?q=curriculum")
+        page.locator("#search-results li").first.wait_for()
+        page.goto((book / "notebooks/99_hostile.html").as_uri())
+        expect_literal(page, "main")
+        page.goto((book / "package/ensemble.html").as_uri())
+        page.get_by_text("fit_predict").first.wait_for()

@@ -33,6 +33,7 @@ diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 diffusers.schedulers.scheduling_ddim
 faiss
 ipykernel.kernelapp
+ipykernel.kernelspec
 IPython.core.pylabtools
 matplotlib_inline.backend_inline
 nbclient
@@ -179,6 +180,8 @@ def become(arguments, cwd, environment, streams):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    # The kernels that it starts begin warm, too.
+    sys.modules["ipykernel.kernelspec"].make_ipkernel_cmd = kernel_command
     code = 0
     try:
         if arguments[0] == "-m":
@@ -200,6 +203,18 @@ def become(arguments, cwd, environment, streams):
     sys.stdout.flush()
     sys.stderr.flush()
     end(code if isinstance(code, int) else 1)
+
+
+def kernel_command(extra_arguments=None, python_arguments=None):
+    """Return the command of a kernel that begins warm."""
+    return [
+        *COMMAND,
+        "-m",
+        "ipykernel_launcher",
+        "-f",
+        "{connection_file}",
+        *(extra_arguments or ()),
+    ]
 
 
 def end(code):

@@ -26,12 +26,13 @@ from rsdlib.errors import BadValueError, RsdError
 MOST = 6000  # pictures in one sheet: an explorer's saved form stays below 2 MB
 
 
+def _read(name):
+    return (Path(__file__).parent / "js" / name).read_text(encoding="utf-8")
+
+
 @functools.cache
 def _module(name):
-    folder = Path(__file__).parent / "js"
-    return "\n".join(
-        (folder / f"{file}.js").read_text(encoding="utf-8") for file in ("common", name)
-    )
+    return _read("common.js") + _read(f"{name}.js")
 
 
 class Explorer(anywidget.AnyWidget):
@@ -65,12 +66,7 @@ class Explorer(anywidget.AnyWidget):
     def page(self):
         """Return the explorer as an HTML frame that needs nothing else."""
         module = _module(self.name).replace("export default", "const shown =")
-        state = f"const state = {{payload: {self.payload!r}, selected: []}};"
-        model = "{live: false, get: (name) => state[name], set: (name, value) => "
-        model += "{ state[name] = value; }, save_changes() {}, on() {}, off() {}}"
-        script = f"{module}\n{state}\nshown.render({{model: {model}, el: document.body}});"
-        page = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" '
-        page += f'content="light dark"><body><script type="module">{script}</script>'
+        page = _read("page.html").replace("MODULE", module).replace("PAYLOAD", self.payload)
         style = f"width:100%;height:{self.height}px;border:0"
         frame = f'<iframe title="{self.name}" sandbox="allow-scripts" style="{style}" srcdoc="'
         return f'{frame}{html.escape(page)}"></iframe>'
@@ -148,7 +144,8 @@ def explore_readers(pictures, prompts, answers, targets=None, notes=None, ask=No
     -------
     Explorer
     """
-    shown = _read(pictures, prompts, answers, targets) | {"notes": notes, "asks": ask is not None}
+    shown = {"notes": notes, "asks": ask is not None}
+    shown |= _readings(pictures, prompts, answers, targets)
     first = [answer.lines(0, name, prompts[0]) for name, answer in answers.items()]
     count = f"{len(prompts)} pictures, {len(answers)} readers. The first:"
     text = "\n".join([count, f"TRUE: {prompts[0]}", *first])
@@ -160,7 +157,7 @@ def explore_readers(pictures, prompts, answers, targets=None, notes=None, ask=No
             asked = question.get("path") or base64.b64decode(question["content"])
             picture, prompt, read = ask(asked)
             target = data.embed([prompt]) if prompt else None
-            content = _read(picture[None], [prompt], read, target) | {"asks": True}
+            content = _readings(picture[None], [prompt], read, target) | {"asks": True}
         except (RsdError, OSError) as error:
             content = shown | {"said": str(error)}
         explorer.payload = _packed(content)
@@ -170,7 +167,7 @@ def explore_readers(pictures, prompts, answers, targets=None, notes=None, ask=No
     return explorer
 
 
-def _read(pictures, prompts, answers, targets):
+def _readings(pictures, prompts, answers, targets):
     readers = {}
     for name, answer in answers.items():
         readers[name] = [_reading(answer, i, prompt) for i, prompt in enumerate(prompts)]

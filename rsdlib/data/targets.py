@@ -203,14 +203,9 @@ def _encoder(folder, precision, device):
         raise ConfigError(f"precision {precision!r} is unknown", "Use 'float32' or 'bfloat16'.")
     import torch
     from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
 
     message, fix = f"{folder} cannot be loaded: {{}}", "Use all-MiniLM-L6-v2, or fetch it again."
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(refusing(Exception, CheckpointError, message, fix))  # tokenizers' own
-        if logging.is_progress_bar_enabled():
-            stack.callback(logging.enable_progress_bar)
-            logging.disable_progress_bar()
+    with runtime.quiet(), refusing(Exception, CheckpointError, message, fix):  # tokenizers' own
         encoder = SentenceTransformer(str(folder), device="cpu")
         if not _is_minilm(encoder, folder):
             raise ValueError("it is no whole BERT with GELU and mean pooling")

@@ -1,5 +1,7 @@
 """Image encoders with the preprocessing they were trained with: uint8 images in, features out."""
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -255,7 +257,9 @@ def _naming(config):
     return no_model(what, fix)
 
 
+@contextlib.contextmanager
 def no_model(message, fix):
     """Turn what a library says of a model that it cannot open into our own error."""
     causes = (RuntimeError, ValueError, OSError)
-    return refusing(causes, ModelNotFoundError, message, fix)
+    with runtime.quiet(), refusing(causes, ModelNotFoundError, message, fix):
+        yield

@@ -194,7 +194,8 @@ class Texts(nn.Module):
         from transformers import CLIPTextModel, CLIPTokenizer
 
         super().__init__()
-        self.encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float()
+        with runtime.quiet():
+            self.encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
     def tokens(self, prompts):

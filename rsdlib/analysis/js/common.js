@@ -3,18 +3,21 @@
 const STYLE = `
 .rsd { font: 13px/1.4 system-ui, "Noto Sans", "Noto Color Emoji", sans-serif; padding: 8px;
   color: var(--jp-ui-font-color1, CanvasText); background: var(--jp-layout-color1, Canvas); }
-.rsd .bar { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center; margin-bottom: 8px; }
+.rsd .bar { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center;
+  margin-bottom: 8px; }
 .rsd .two { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; }
 .rsd .side { flex: 1 1 230px; min-width: 0; max-width: 100%; }
-.rsd .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 9em; overflow-y: auto; unicode-bidi: plaintext; }
+.rsd .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 9em; overflow-y: auto;
+  unicode-bidi: plaintext; }
 .rsd .scroll { overflow: auto; max-height: 460px; max-width: 100%; border: 1px solid #8886; }
-.rsd button, .rsd select, .rsd input { font: inherit; color: inherit; background: var(--jp-layout-color2, Field);
-  border: 1px solid #888a; border-radius: 3px; padding: 2px 7px; max-width: 100%; }
+.rsd button, .rsd select, .rsd input { font: inherit; color: inherit; max-width: 100%;
+  background: var(--jp-layout-color2, Field); border: 1px solid #888a; border-radius: 3px;
+  padding: 2px 7px; }
 .rsd input[type=range] { padding: 0; vertical-align: middle; }
 .rsd :focus-visible { outline: 3px solid #e69f00; outline-offset: 1px; }
 .rsd table { border-collapse: collapse; width: 100%; table-layout: fixed; color: inherit; }
-.rsd td, .rsd th { text-align: left; vertical-align: top; padding: 3px 8px 3px 0; border-top: 1px solid #8884;
-  overflow-wrap: anywhere; font-size: 13px; background: none; }
+.rsd td, .rsd th { text-align: left; vertical-align: top; padding: 3px 8px 3px 0;
+  border-top: 1px solid #8884; overflow-wrap: anywhere; font-size: 13px; background: none; }
 .rsd .right { background: #009e73; color: white; border-radius: 3px; padding: 0 4px; }
 .rsd .dim { opacity: .72; }
 .rsd canvas { touch-action: none; max-width: none; }
@@ -26,7 +29,9 @@ const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00
 /** Return an element: functions among its attributes listen, all else is set. */
 function make(tag, attributes = {}, ...children) {
   const svg = ["svg", "path", "line", "text", "circle", "rect", "g"].includes(tag);
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const node = svg
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") node.addEventListener(name, value);
     else if (typeof value === "boolean") node.toggleAttribute(name, value);
@@ -51,14 +56,20 @@ async function unpack(text) {
 
 /** Draw picture `i` of the sheet into a square of a canvas. */
 function draw(context, data, i, x, y, size) {
-  const left = (i % data.columns) * data.side, top = Math.floor(i / data.columns) * data.side;
+  const left = (i % data.columns) * data.side,
+    top = Math.floor(i / data.columns) * data.side;
   context.drawImage(data.image, left, top, data.side, data.side, x, y, size, size);
 }
 
 /** Return a canvas with picture `i`, `size` pixels a side. */
 function portrait(data, i, size, name = "picture") {
   const sharp = window.devicePixelRatio || 1;
-  const canvas = make("canvas", { width: size * sharp, height: size * sharp, role: "img", "aria-label": name });
+  const canvas = make("canvas", {
+    width: size * sharp,
+    height: size * sharp,
+    role: "img",
+    "aria-label": name,
+  });
   canvas.style.cssText = `width:${size}px;height:${size}px`;
   draw(canvas.getContext("2d"), data, i, 0, 0, size * sharp);
   return canvas;
@@ -82,12 +93,22 @@ function choice(name, options, change) {
 /** Return a slider over the places of a list, and the text that says which it is at. */
 function slider(name, places, at, change) {
   const said = make("output", { style: "display:inline-block;min-width:5em" }, String(places[at]));
-  const input = make("input", { type: "range", min: 0, max: places.length - 1, step: 1, value: at, "aria-label": name });
+  const input = make("input", {
+    type: "range",
+    min: 0,
+    max: places.length - 1,
+    step: 1,
+    value: at,
+    "aria-label": name,
+  });
   const say = () => {
     said.textContent = String(places[input.value]);
     input.setAttribute("aria-valuetext", said.textContent);
   };
-  input.addEventListener("input", () => { say(); change(Number(input.value)); });
+  input.addEventListener("input", () => {
+    say();
+    change(Number(input.value));
+  });
   say();
   return { input, box: make("label", {}, `${name} `, input, " ", said) };
 }
@@ -104,43 +125,83 @@ function searcher(prompts) {
 /** Return lines over x as SVG: series [{name, values, dim}], a mark at index `at`. */
 function chart(series, labels, { at = null, width = 360, height = 170, axis = "" } = {}) {
   const all = series.flatMap((one) => one.values).filter((value) => value !== null);
-  const low = Math.min(...all), high = Math.max(...all), range = high - low || 1;
+  const low = Math.min(...all),
+    high = Math.max(...all),
+    range = high - low || 1;
   const x = (i) => 42 + (i * (width - 58)) / Math.max(labels.length - 1, 1);
   const y = (value) => height - 34 - ((value - low) / range) * (height - 52);
-  const svg = make("svg", { width, height, role: "img", viewBox: `0 0 ${width} ${height}`, style: "max-width:100%" });
+  const svg = make("svg", {
+    width,
+    height,
+    role: "img",
+    viewBox: `0 0 ${width} ${height}`,
+    style: "max-width:100%",
+  });
   svg.setAttribute("aria-label", `${axis}: ${series.map((one) => one.name).join(", ")}`);
   for (const value of [low, high]) {
-    svg.append(make("text", { x: 38, y: y(value) + 4, "text-anchor": "end" }, value.toPrecision(3)));
-    svg.append(make("line", { x1: 42, x2: width - 16, y1: y(value), y2: y(value), stroke: "#8886" }));
+    svg.append(
+      make("text", { x: 38, y: y(value) + 4, "text-anchor": "end" }, value.toPrecision(3)),
+    );
+    svg.append(
+      make("line", { x1: 42, x2: width - 16, y1: y(value), y2: y(value), stroke: "#8886" }),
+    );
   }
   const every = Math.ceil(labels.length / 7);
   labels.forEach((label, i) => {
-    if (i % every === 0) svg.append(make("text", { x: x(i), y: height - 20, "text-anchor": "middle" }, String(label)));
+    if (i % every === 0)
+      svg.append(make("text", { x: x(i), y: height - 20, "text-anchor": "middle" }, String(label)));
   });
   svg.append(make("text", { x: width / 2, y: height - 5, "text-anchor": "middle" }, axis));
-  if (at !== null) svg.append(make("line", { x1: x(at), x2: x(at), y1: 8, y2: height - 34, stroke: "#E69F00", "stroke-width": 3 }));
+  if (at !== null)
+    svg.append(
+      make("line", {
+        x1: x(at),
+        x2: x(at),
+        y1: 8,
+        y2: height - 34,
+        stroke: "#E69F00",
+        "stroke-width": 3,
+      }),
+    );
   series.forEach((one, k) => {
-    const places = one.values.map((value, i) => (value === null ? null : [x(i), y(value)])).filter(Boolean);
+    const places = one.values
+      .map((value, i) => (value === null ? null : [x(i), y(value)]))
+      .filter(Boolean);
     const path = places.map(([px, py], i) => `${i ? "L" : "M"}${px} ${py}`).join("");
-    const line = { stroke: one.colour || COLOURS[k % 7], fill: "none", "stroke-width": 2, opacity: one.dim ? 0.45 : 1 };
+    const line = {
+      stroke: one.colour || COLOURS[k % 7],
+      fill: "none",
+      "stroke-width": 2,
+      opacity: one.dim ? 0.45 : 1,
+    };
     svg.append(make("path", { d: path, ...line }));
-    for (const [cx, cy] of places) svg.append(make("circle", { cx, cy, r: 2.5, fill: line.stroke, opacity: line.opacity }));
+    for (const [cx, cy] of places)
+      svg.append(make("circle", { cx, cy, r: 2.5, fill: line.stroke, opacity: line.opacity }));
   });
   return svg;
 }
 
 /** Return what is known of a pair as a table: [name, value] rows. */
 function facts(rows) {
-  const body = rows.map(([name, value]) => make("tr", {}, make("th", { style: "width:8.5em" }, name), make("td", {}, value)));
+  const body = rows.map(([name, value]) =>
+    make("tr", {}, make("th", { style: "width:8.5em" }, name), make("td", {}, value)),
+  );
   return make("table", {}, make("tbody", {}, ...body));
 }
 
 const written = (value) =>
-  value === null || value === undefined ? "–" : typeof value === "number" ? String(Math.round(value * 1e4) / 1e4) : String(value);
+  value === null || value === undefined
+    ? "–"
+    : typeof value === "number"
+      ? String(Math.round(value * 1e4) / 1e4)
+      : String(value);
 
 /** Tell Python which rows are selected. */
 function select(model, rows) {
-  model.set("selected", [...rows].sort((a, b) => a - b));
+  model.set(
+    "selected",
+    [...rows].sort((a, b) => a - b),
+  );
   model.save_changes();
 }
 

@@ -2,31 +2,57 @@
 
 export default explorer((model, data, box) => {
   const { prompts, numbers, kinds, flags } = data;
-  const size = 30, n = prompts.length;
+  const size = 30,
+    n = prompts.length;
   const chosen = new Set(model.get("selected"));
-  let order = [], cursor = 0, by = Object.keys(numbers)[0], rising = true, anchor = null;
+  let order = [],
+    cursor = 0,
+    by = Object.keys(numbers)[0],
+    rising = true,
+    anchor = null;
   const wanted = {};
-  let least = 0, most = 100;
+  let least = 0,
+    most = 100;
 
-  const canvas = make("canvas", { tabindex: 0, role: "application", "aria-label": "grid of pairs: arrow keys move, Enter selects" });
+  const canvas = make("canvas", {
+    tabindex: 0,
+    role: "application",
+    "aria-label": "grid of pairs: arrow keys move, Enter selects",
+  });
   const scroll = make("div", { class: "scroll", style: "flex:2 1 360px" }, canvas);
   const side = make("div", { class: "side", "aria-live": "polite" });
   const count = make("span", { class: "dim", role: "status" });
   const columns = () => Math.max(Math.floor((scroll.clientWidth - 16) / size), 4);
   const holds = searcher(prompts);
-  const search = make("input", { type: "search", placeholder: "words", "aria-label": "search in prompts", size: 12, input: arrange });
+  const search = make("input", {
+    type: "search",
+    placeholder: "words",
+    "aria-label": "search in prompts",
+    size: 12,
+    input: arrange,
+  });
 
   const ranked = {};
   for (const [name, values] of Object.entries(numbers)) {
-    const sorted = values.map((_, i) => i).filter((i) => values[i] !== null).sort((a, b) => values[a] - values[b]);
+    const sorted = values
+      .map((_, i) => i)
+      .filter((i) => values[i] !== null)
+      .sort((a, b) => values[a] - values[b]);
     ranked[name] = new Array(n).fill(null);
-    sorted.forEach((i, rank) => { ranked[name][i] = (100 * rank) / Math.max(sorted.length - 1, 1); });
+    sorted.forEach((i, rank) => {
+      ranked[name][i] = (100 * rank) / Math.max(sorted.length - 1, 1);
+    });
   }
 
   function arrange() {
-    const found = holds(search.value), rank = ranked[by];
-    const inside = (i) => rank[i] === null ? least === 0 && most === 100 : rank[i] >= least && rank[i] <= most;
-    const fits = (i) => Object.entries(wanted).every(([name, value]) => !value || (flags[name] ? flags[name][i] : kinds[name][i] === value));
+    const found = holds(search.value),
+      rank = ranked[by];
+    const inside = (i) =>
+      rank[i] === null ? least === 0 && most === 100 : rank[i] >= least && rank[i] <= most;
+    const fits = (i) =>
+      Object.entries(wanted).every(
+        ([name, value]) => !value || (flags[name] ? flags[name][i] : kinds[name][i] === value),
+      );
     order = prompts.map((_, i) => i).filter((i) => inside(i) && found(i) && fits(i));
     const key = (i) => rank[i] ?? 101;
     order.sort((a, b) => (rising ? key(a) - key(b) : key(b) - key(a)) || a - b);
@@ -35,10 +61,12 @@ export default explorer((model, data, box) => {
   }
 
   function paint() {
-    const wide = columns(), sharp = window.devicePixelRatio || 1;
+    const wide = columns(),
+      sharp = window.devicePixelRatio || 1;
     const high = Math.max(Math.ceil(order.length / wide), 1);
     const shrunk = Math.min(sharp, 16000 / (high * size));
-    canvas.width = wide * size * shrunk; canvas.height = high * size * shrunk;
+    canvas.width = wide * size * shrunk;
+    canvas.height = high * size * shrunk;
     canvas.style.cssText = `width:${wide * size}px;height:${high * size}px;display:block`;
     const context = canvas.getContext("2d");
     context.scale(shrunk, shrunk);
@@ -48,7 +76,8 @@ export default explorer((model, data, box) => {
   }
 
   function cell(context, i, k, wide) {
-    const x = (k % wide) * size, y = Math.floor(k / wide) * size;
+    const x = (k % wide) * size,
+      y = Math.floor(k / wide) * size;
     draw(context, data, i, x, y, size - 2);
     if (!chosen.has(i) && k !== cursor) return;
     context.lineWidth = 3;
@@ -57,14 +86,31 @@ export default explorer((model, data, box) => {
   }
 
   function look() {
-    if (!order.length) { side.replaceChildren("no pair fits"); return; }
+    if (!order.length) {
+      side.replaceChildren("no pair fits");
+      return;
+    }
     const i = order[cursor];
-    const rows = [...Object.entries(numbers).map(([name, values]) => [name, written(values[i])]), ...Object.entries(kinds).map(([name, values]) => [name, written(values[i])])];
+    const rows = [
+      ...Object.entries(numbers).map(([name, values]) => [name, written(values[i])]),
+      ...Object.entries(kinds).map(([name, values]) => [name, written(values[i])]),
+    ];
     const causes = Object.keys(flags).filter((name) => flags[name][i]);
     if (causes.length) rows.push(["causes", causes.join(", ")]);
     const curve = data.curves && data.curves[i];
-    const parts = [portrait(data, i, 160, prompts[i]), make("div", { class: "text" }, prompts[i]), facts(rows)];
-    if (curve && curve.some((value) => value !== null)) parts.push(chart([{ name: "difficulty", values: curve }], curve.map((_, e) => e + 1), { axis: "difficulty over epochs", height: 140, width: 300 }));
+    const parts = [
+      portrait(data, i, 160, prompts[i]),
+      make("div", { class: "text" }, prompts[i]),
+      facts(rows),
+    ];
+    if (curve && curve.some((value) => value !== null))
+      parts.push(
+        chart(
+          [{ name: "difficulty", values: curve }],
+          curve.map((_, e) => e + 1),
+          { axis: "difficulty over epochs", height: 140, width: 300 },
+        ),
+      );
     side.replaceChildren(...parts);
   }
 
@@ -73,11 +119,13 @@ export default explorer((model, data, box) => {
     paint();
     const top = Math.floor(cursor / columns()) * size;
     if (top < scroll.scrollTop) scroll.scrollTop = top;
-    if (top + size > scroll.scrollTop + scroll.clientHeight) scroll.scrollTop = top + size - scroll.clientHeight;
+    if (top + size > scroll.scrollTop + scroll.clientHeight)
+      scroll.scrollTop = top + size - scroll.clientHeight;
   }
 
   function toggle(k, through) {
-    const [first, last] = through && anchor !== null ? [Math.min(anchor, k), Math.max(anchor, k)] : [k, k];
+    const [first, last] =
+      through && anchor !== null ? [Math.min(anchor, k), Math.max(anchor, k)] : [k, k];
     for (let at = first; at <= last; at++) {
       if (chosen.has(order[at]) && first === last) chosen.delete(order[at]);
       else chosen.add(order[at]);
@@ -87,28 +135,65 @@ export default explorer((model, data, box) => {
     paint();
   }
 
-  const under = (event) => Math.floor(event.offsetY / size) * columns() + Math.floor(event.offsetX / size);
+  const under = (event) =>
+    Math.floor(event.offsetY / size) * columns() + Math.floor(event.offsetX / size);
   canvas.addEventListener("mousemove", (event) => {
     const k = under(event);
-    if (k < order.length && k !== cursor) { cursor = k; look(); }
+    if (k < order.length && k !== cursor) {
+      cursor = k;
+      look();
+    }
   });
-  canvas.addEventListener("click", (event) => { if (under(event) < order.length) toggle(under(event), event.shiftKey); });
+  canvas.addEventListener("click", (event) => {
+    if (under(event) < order.length) toggle(under(event), event.shiftKey);
+  });
   canvas.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() }[event.key];
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() }[
+      event.key
+    ];
     if (step) move(cursor + step);
     else if (event.key === "Enter" || event.key === " ") toggle(cursor, event.shiftKey);
     else return;
-    event.preventDefault(); event.stopPropagation();
+    event.preventDefault();
+    event.stopPropagation();
   });
 
   const percent = Array.from({ length: 101 }, (_, i) => `${i} %`);
   const bar = [
-    labelled("sorted by", choice("sorted by", Object.keys(numbers), (name) => { by = name; arrange(); })),
-    make("button", { click: () => { rising = !rising; arrange(); } }, "turn around"),
-    slider("from", percent, 0, (at) => { least = at; arrange(); }).box,
-    slider("to", percent, 100, (at) => { most = at; arrange(); }).box,
+    labelled(
+      "sorted by",
+      choice("sorted by", Object.keys(numbers), (name) => {
+        by = name;
+        arrange();
+      }),
+    ),
+    make(
+      "button",
+      {
+        click: () => {
+          rising = !rising;
+          arrange();
+        },
+      },
+      "turn around",
+    ),
+    slider("from", percent, 0, (at) => {
+      least = at;
+      arrange();
+    }).box,
+    slider("to", percent, 100, (at) => {
+      most = at;
+      arrange();
+    }).box,
     ...Object.entries(kinds).map(([name, values]) =>
-      labelled(name, choice(name, [["", "all"], ...new Set(values)], (value) => { wanted[name] = value; arrange(); }))),
+      labelled(
+        name,
+        choice(name, [["", "all"], ...new Set(values)], (value) => {
+          wanted[name] = value;
+          arrange();
+        }),
+      ),
+    ),
     search,
   ];
   if (Object.keys(flags).length) {
@@ -118,8 +203,31 @@ export default explorer((model, data, box) => {
     });
     bar.push(labelled("cause", causes));
   }
-  bar.push(make("button", { click: () => { for (const i of order) chosen.add(i); select(model, chosen); paint(); } }, "select all shown"),
-    make("button", { click: () => { chosen.clear(); select(model, chosen); paint(); } }, "clear"), count);
+  bar.push(
+    make(
+      "button",
+      {
+        click: () => {
+          for (const i of order) chosen.add(i);
+          select(model, chosen);
+          paint();
+        },
+      },
+      "select all shown",
+    ),
+    make(
+      "button",
+      {
+        click: () => {
+          chosen.clear();
+          select(model, chosen);
+          paint();
+        },
+      },
+      "clear",
+    ),
+    count,
+  );
   box.append(make("div", { class: "bar" }, ...bar), make("div", { class: "two" }, scroll, side));
   new ResizeObserver(() => paint()).observe(scroll);
   requestAnimationFrame(arrange);

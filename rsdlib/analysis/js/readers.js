@@ -3,36 +3,73 @@
 export default explorer((model, data, box) => {
   const { prompts, readers } = data;
   const names = Object.keys(readers);
-  let order = prompts.map((_, i) => i), place = 0;
+  let order = prompts.map((_, i) => i),
+    place = 0;
 
   const found = make("span", { class: "dim", "aria-live": "polite" });
   const side = make("div", { class: "side", "aria-live": "polite" });
   const frame = make("div");
 
   function words(reading) {
-    return make("span", {}, ...reading.words.flatMap(([word, probability, right]) => [
-      make("span", right ? { class: "right", title: "stands in the prompt" } : {}, `${right ? "✓ " : ""}${word} ${written(probability)}`), " ",
-    ]));
+    return make(
+      "span",
+      {},
+      ...reading.words.flatMap(([word, probability, right]) => [
+        make(
+          "span",
+          right ? { class: "right", title: "stands in the prompt" } : {},
+          `${right ? "✓ " : ""}${word} ${written(probability)}`,
+        ),
+        " ",
+      ]),
+    );
   }
 
   function show(to) {
     place = order.length ? (to + order.length) % order.length : 0;
-    found.textContent = order.length ? `${place + 1} of ${order.length}` : "no prompt holds these words";
+    found.textContent = order.length
+      ? `${place + 1} of ${order.length}`
+      : "no prompt holds these words";
     if (!order.length) return;
     const i = order[place];
     frame.replaceChildren(portrait(data, i, 224, prompts[i]));
     const rows = names.map((name) => {
       const reading = readers[name][i];
-      const lines = [words(reading), ...reading.near.map((near) => make("div", { class: "text" }, near))];
-      if (reading.caption) lines.push(make("div", { class: "text" }, `caption: ${reading.caption}`));
-      if (reading.unlike) lines.push(make("div", {}, "⚠ unlike all that this reader was trained on"));
-      return make("tr", {}, make("th", {}, name), make("td", {}, written(reading.cosine)), make("td", {}, ...lines));
+      const lines = [
+        words(reading),
+        ...reading.near.map((near) => make("div", { class: "text" }, near)),
+      ];
+      if (reading.caption)
+        lines.push(make("div", { class: "text" }, `caption: ${reading.caption}`));
+      if (reading.unlike)
+        lines.push(make("div", {}, "⚠ unlike all that this reader was trained on"));
+      return make(
+        "tr",
+        {},
+        make("th", {}, name),
+        make("td", {}, written(reading.cosine)),
+        make("td", {}, ...lines),
+      );
     });
     const widths = { reader: "7em", cosine: "5em", "words, nearest prompts": "auto" };
-    const head = make("tr", {}, ...Object.entries(widths).map(([name, width]) => make("th", { style: `width:${width}` }, name)));
-    const notes = data.notes && data.notes[i] ? [make("div", { class: "text dim" }, data.notes[i])] : [];
-    side.replaceChildren(make("div", { class: "text" }, prompts[i] ? `asked for: ${prompts[i]}` : "no prompt is known"), ...notes,
-      make("table", {}, make("tbody", {}, head, ...rows)));
+    const head = make(
+      "tr",
+      {},
+      ...Object.entries(widths).map(([name, width]) =>
+        make("th", { style: `width:${width}` }, name),
+      ),
+    );
+    const notes =
+      data.notes && data.notes[i] ? [make("div", { class: "text dim" }, data.notes[i])] : [];
+    side.replaceChildren(
+      make(
+        "div",
+        { class: "text" },
+        prompts[i] ? `asked for: ${prompts[i]}` : "no prompt is known",
+      ),
+      ...notes,
+      make("table", {}, make("tbody", {}, head, ...rows)),
+    );
   }
 
   function sort(by, best) {
@@ -42,26 +79,46 @@ export default explorer((model, data, box) => {
   }
 
   const holds = searcher(prompts);
-  const search = make("input", { type: "search", placeholder: "words", "aria-label": "search in prompts", size: 12 });
+  const search = make("input", {
+    type: "search",
+    placeholder: "words",
+    "aria-label": "search in prompts",
+    size: 12,
+  });
   search.addEventListener("input", () => {
     order = prompts.map((_, i) => i).filter(holds(search.value));
     show(0);
   });
   let by = names[0];
   const button = (text, act) => make("button", { click: act }, text);
-  const bar = [button("previous", () => show(place - 1)), button("next", () => show(place + 1)),
-    button("random", () => show(Math.floor(Math.random() * order.length)))];
+  const bar = [
+    button("previous", () => show(place - 1)),
+    button("next", () => show(place + 1)),
+    button("random", () => show(Math.floor(Math.random() * order.length))),
+  ];
   if (data.scored) {
-    const reader = choice("reader that best and worst are judged by", names, (name) => { by = name; });
-    bar.push(button("best", () => sort(by, true)), button("worst", () => sort(by, false)), labelled("of", reader));
+    const reader = choice("reader that best and worst are judged by", names, (name) => {
+      by = name;
+    });
+    bar.push(
+      button("best", () => sort(by, true)),
+      button("worst", () => sort(by, false)),
+      labelled("of", reader),
+    );
   }
   const keys = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (step && !["INPUT", "SELECT"].includes(event.target.tagName)) { show(place + step); event.preventDefault(); }
+    if (step && !["INPUT", "SELECT"].includes(event.target.tagName)) {
+      show(place + step);
+      event.preventDefault();
+    }
   };
   box.addEventListener("keydown", keys);
-  box.append(...(data.asks && model.live !== false ? [asking(model, data)] : []),
-    make("div", { class: "bar" }, ...bar, search, found), make("div", { class: "two" }, frame, side));
+  box.append(
+    ...(data.asks && model.live !== false ? [asking(model, data)] : []),
+    make("div", { class: "bar" }, ...bar, search, found),
+    make("div", { class: "two" }, frame, side),
+  );
   show(0);
 });
 
@@ -73,19 +130,38 @@ function asking(model, data) {
     model.set("question", { ...question, number: Date.now() });
     model.save_changes();
   };
-  const file = make("input", { type: "file", accept: "image/*", "aria-label": "picture of your own" });
+  const file = make("input", {
+    type: "file",
+    accept: "image/*",
+    "aria-label": "picture of your own",
+  });
   file.addEventListener("change", () => {
     const [chosen] = file.files;
     if (!chosen) return;
-    if (chosen.size > 10e6) { said.textContent = "above 10 MB: give its path instead"; return; }
+    if (chosen.size > 10e6) {
+      said.textContent = "above 10 MB: give its path instead";
+      return;
+    }
     const reader = new FileReader();
     reader.onload = () => ask({ name: chosen.name, content: reader.result.split(",")[1] });
     reader.readAsDataURL(chosen);
   });
-  const path = make("input", { type: "text", placeholder: "or its path", "aria-label": "path of a picture", size: 24 });
+  const path = make("input", {
+    type: "text",
+    placeholder: "or its path",
+    "aria-label": "path of a picture",
+    size: 24,
+  });
   path.addEventListener("keydown", (event) => {
     if (event.key === "Enter") ask({ path: path.value });
     event.stopPropagation();
   });
-  return make("div", { class: "bar" }, file, path, make("button", { click: () => ask({ path: path.value }) }, "read"), said);
+  return make(
+    "div",
+    { class: "bar" },
+    file,
+    path,
+    make("button", { click: () => ask({ path: path.value }) }, "read"),
+    said,
+  );
 }
