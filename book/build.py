@@ -18,19 +18,21 @@ OTHERS = ("experiment", "predict", "config", "weights", "files", "runtime", "err
 
 def build(executed, out):
     """Build the book of the executed notebooks in a folder; return the front page."""
+    paths = sorted(executed.glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        sys.exit(f"no executed notebook is in {executed}: run them first, make reproduce")
+    if out.exists() and any(out.iterdir()) and not (out / ".buildinfo").exists():
+        sys.exit(f"{out} holds something else than a book: choose another folder by --out")
+    shutil.rmtree(out, ignore_errors=True)
     work = out.parent / f"{out.name}-sources"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(HERE.parent / "figures", work / "figures", ignore=_but_pictures)
     shutil.copy(HERE / "conf.py", work)
     (work / "notebooks").mkdir()
-    paths = sorted(executed.glob("[0-9][0-9]_*.ipynb"))
     for path in paths:
         notebook = prepared(nbformat.read(path, 4), {other.name for other in paths})
         nbformat.write(notebook, work / "notebooks" / path.name)
-    names = [path.stem for path in sorted((work / "notebooks").iterdir())]
-    if not names:
-        sys.exit(f"no executed notebook is in {executed}: run them first, make reproduce")
-    _write_pages(work, names)
+    _write_pages(work, [path.stem for path in paths])
     command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", "2", str(work), str(out)]
     subprocess.run(command, check=True)
     return out / "index.html"

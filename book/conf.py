@@ -10,6 +10,7 @@ html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_copy_source = html_show_sourcelink = html_show_copyright = html_show_sphinx = False
 html_title = project
+html_domain_indices = False
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "text/html", 0)]  # explorers, before their text

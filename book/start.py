@@ -58,7 +58,7 @@ def shipped(name, kind, runs):
 def page(runs):
     """Return the start page as a notebook."""
     rows = notebooks((ROOT / "README.md").read_text(encoding="utf-8"))
-    to = Path(os.path.relpath(ROOT / "notebooks", runs)).as_posix()
+    to = Path(os.path.relpath(files.root() / "notebooks", runs)).as_posix()
     table = "".join(
         f"| [{name}]({to}/{name}.ipynb) | {question} | {minutes} | {computed(name, runs)} |\n"
         for name, question, minutes in rows

@@ -31,6 +31,7 @@ def pytest_configure(config):
         config.add_cleanup(lambda: warm.stop(server))
         argv = [*warm.COMMAND, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         kernel = {"argv": argv, "display_name": "Python 3, warm", "language": "python"}
+        kernel["metadata"] = {"supported_encryption": ["curve"]}
         path = Path(folder.name) / "kernels/python3/kernel.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(kernel))

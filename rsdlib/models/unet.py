@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rsdlib import files
+from rsdlib import files, runtime
 from rsdlib.config import as_dict
 from rsdlib.errors import BadValueError, CheckpointError, ConfigError, refusing
 from rsdlib.models.blip import open_captioner

@@ -128,11 +128,8 @@ class _Batches(torch.utils.data.Dataset):
 class Callback:
     """Watches or changes a run; every hook may be left out.
 
-    Methods
-    -------
-    begin(state), before_step(state), after_epoch(state, record), end(state)
-        `state` is the running loop: it has ``step``, ``plan``, ``model`` (unwrapped) and
-        ``optimizer``; `record` is the epoch's line of ``metrics.jsonl``.
+    `state` is the running loop: it has ``step``, ``plan``, ``model`` (unwrapped) and ``optimizer``;
+    `record` is the epoch's line of ``metrics.jsonl``.
     """
 
     def begin(self, state):

@@ -205,12 +205,17 @@ function select(model, rows) {
   model.save_changes();
 }
 
+/** Keep keys from JupyterLab's shortcuts, which look at the very element that has the focus. */
+function keepKeys(event) {
+  event.target.setAttribute("data-lm-suppress-shortcuts", "true");
+}
+
 /** Make an explorer of a function that fills an element with what was packed. */
 function explorer(fill) {
   return {
     async render({ model, el }) {
       const refresh = async () => {
-        const box = make("div", { class: "rsd" });
+        const box = make("div", { class: "rsd", focusin: keepKeys });
         try {
           await fill(model, await unpack(model.get("payload")), box);
         } catch (error) {
