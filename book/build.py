@@ -76,7 +76,7 @@ def _first_sentence(text):
     lines = [line for line in text.splitlines() if line.strip()]
     line = next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line)
-    return re.split(r"(?<=[.?!:])\s", re.sub(r"[*_`$#\\]", "", plain).strip())[0][:200]
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z])", re.sub(r"[*_`$#\\]", "", plain).strip())[0][:200]
 
 
 def _write_pages(work, names):

@@ -11,6 +11,7 @@ html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_copy_source = html_show_sourcelink = html_show_copyright = html_show_sphinx = False
 html_title = project
 html_domain_indices = False
+html_show_search_summary = False  # a page that lies in a file may not read others
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "text/html", 0)]  # explorers, before their text
