@@ -56,8 +56,6 @@ def prepared(notebook, known):
             (tags - {"parameters", "injected-parameters"}) | {"hide-input"}
         )
         cell.metadata["mystnb"] = {"image": {"alt": said, "width": "100%"}}
-        for output in cell.outputs:
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return notebook
 
 

@@ -125,9 +125,6 @@ def test_executed_notebooks_are_trusted_and_hold_no_residue(trained, complete):
         streams = "".join(out.text for out in outputs if out.output_type == "stream")
         assert "%|" not in streams, name  # a bar
         assert "WARNING" not in streams, name
-        assert not any(
-            "application/vnd.jupyter.widget-view+json" in out.get("data", ()) for out in outputs
-        )
 
 
 def test_predict_reads_an_image(trained, tmp_path):
@@ -181,55 +178,71 @@ def jupyter(chromium, trained, complete, tmp_path_factory):
         yield chromium, url
 
 
+def explorer(page, name):
+    """Return an explorer's frame, in sight."""
+    page.locator(f"iframe[title={name}]").scroll_into_view_if_needed()
+    return page.frame_locator(f"iframe[title={name}]")
+
+
+def expect_rows(page, frame):
+    """What is selected came back to Python as rows of a table."""
+    shown = frame.get_by_text(" selected").first.inner_text()
+    count = re.search(r"(\d+) selected", shown)[1]
+    assert count != "0"
+    assert run_last(page).strip() == f"{count} rows"
+
+
 def move_pairs(page):
-    grid = page.get_by_role("application")
-    grid.focus()
+    frame = explorer(page, "pairs")
+    frame.get_by_role("application").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
-    page.get_by_text(", 1 selected").wait_for()
-    page.get_by_role("button", name="select all shown").click()
-    shown = page.get_by_text(" selected").first.inner_text()
-    assert run_last(page).strip() == f"{shown.split()[0]} rows"
+    frame.get_by_text(", 1 selected").wait_for()
+    expect_rows(page, frame)
+    frame.get_by_role("button", name="select all shown").click()
+    expect_rows(page, frame)
 
 
 def move_map_and_dakl(page):
-    page.get_by_label("search in prompts").fill("a")
-    page.get_by_role("button", name="select found").click()
-    shown = page.get_by_text(" selected").first.inner_text()
-    assert run_last(page).strip() == f"{shown.split()[0]} rows"
-    share = page.get_by_role("slider").nth(2)
-    share.focus()
+    frame = explorer(page, "map")
+    frame.get_by_label("search in prompts").fill("a")
+    frame.get_by_role("button", name="select found").click()
+    expect_rows(page, frame)
+    frame = explorer(page, "dakl")
+    frame.get_by_role("slider", name="blend").focus()
     page.keyboard.press("Home")
-    page.get_by_text("+0.0000").first.wait_for()
+    frame.get_by_text("+0.0000").first.wait_for()
 
 
 def move_swap(page):
-    place = page.get_by_role("slider").nth(2)
-    place.focus()
-    before = page.locator("figcaption").last.inner_text()
+    frame = explorer(page, "swap")
+    frame.get_by_label("first step swapped").first.focus()
     page.keyboard.press("ArrowRight")
-    assert page.locator("figcaption").last.inner_text() != before
+    frame.get_by_text("from step 50%").wait_for()
+    colour = frame.locator(".rsd").evaluate("box => getComputedStyle(box).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", colour)[:3])) < 80  # JupyterLab's dark theme
 
 
 def move_readers(page):
-    page.get_by_text("1 of ").first.wait_for()
-    page.get_by_role("button", name="next").click()
-    page.get_by_text("2 of ").first.wait_for()
+    frame = explorer(page, "readers")
+    frame.get_by_text("1 of ").first.wait_for()
+    frame.get_by_role("button", name="next").click()
+    frame.get_by_text("2 of ").first.wait_for()
 
 
 def ask_for_a_picture(page):
     move_readers(page)
-    picture = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
+    frame = explorer(page, "readers")
     told = PngInfo()
     told.add_text("parameters", "a red fox on a hill\nSteps: 20, Sampler: Euler a, Seed: 1")
     content = io.BytesIO()
-    picture.save(content, "PNG", pnginfo=told)
+    Image.new("RGB", (64, 64), "gray").save(content, "PNG", pnginfo=told)
     file = {"name": "own.png", "mimeType": "image/png", "buffer": content.getvalue()}
-    page.get_by_label("picture of your own").set_input_files(file)
-    page.get_by_text("asked for: a red fox on a hill").wait_for()
-    page.get_by_label("path of a picture").fill("nowhere.png")
-    page.get_by_role("button", name="read", exact=True).click()
-    page.get_by_text("nowhere.png").first.wait_for()
+    frame.get_by_label("picture of your own").set_input_files(file)
+    frame.get_by_text("asked for: a red fox on a hill").wait_for()
+    frame.get_by_label("path of a picture").fill("nowhere.png")
+    frame.get_by_role("button", name="read", exact=True).click()
+    frame.get_by_text("nowhere.png").first.wait_for()
 
 
 MOVES = {
@@ -270,7 +283,7 @@ def test_an_executed_notebook_opens_alive(jupyter):
     chromium, url = jupyter
     with watched(chromium) as page:
         open_notebook(page, url, "runs/smoke/notebooks/05_curriculum.ipynb")
-        frame = page.frame_locator("iframe[title=pairs]")
+        frame = explorer(page, "pairs")
         frame.get_by_role("button", name="select all shown").click()
         frame.get_by_text(" selected").first.wait_for()
         shut(page)
@@ -291,7 +304,7 @@ def test_the_start_page_shows_what_is_computed_and_leads_there(trained, jupyter,
     with watched(chromium) as page:
         open_notebook(page, url, "runs/start.ipynb")
         page.locator(".jp-OutputArea img").first.wait_for()
-        page.frame_locator("iframe[title=map]").get_by_text(" prompts").first.wait_for()
+        explorer(page, "map").get_by_text(" prompts").first.wait_for()
         page.screenshot(path=tmp_path / "start.png")
         assert page.get_by_role("link", name="smoke").count() >= 11
         page.get_by_role("link", name="05_curriculum").click()
@@ -311,9 +324,8 @@ def hostile(trained, complete):
         new.new_output("stream", text="\n".join(EVIL)),
         new.new_output("execute_result", {"text/plain": str(EVIL)}),
     ]
-    explorer = analysis.explore_pairs(pictures, frame)
-    page = {"text/html": explorer.page(), "text/plain": explorer.text}
-    outputs.append(new.new_output("display_data", page))
+    shown = analysis.explore_pairs(pictures, frame)._repr_mimebundle_()
+    outputs.append(new.new_output("display_data", shown))
     cells = [new.new_markdown_cell("# Hostile"), new.new_code_cell("1", outputs=outputs)]
     path = trained / "runs/smoke/notebooks/99_hostile.ipynb"
     told = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
@@ -325,8 +337,7 @@ def hostile(trained, complete):
 
 def expect_literal(page, place):
     """Every hostile prompt stands there as it is, once in a table, and has done nothing."""
-    page.locator("iframe[title=pairs]").scroll_into_view_if_needed()
-    page.frame_locator("iframe[title=pairs]").get_by_text(EVIL[0]).first.wait_for()
+    explorer(page, "pairs").get_by_text(EVIL[0]).first.wait_for()
     text = re.sub(r"\s+", " ", page.locator(place).first.inner_text())
     for prompt in EVIL:
         times = 1 if "\n" in prompt else 2  # a table shows where a line ends
@@ -384,7 +395,7 @@ def test_the_book_opens_from_a_file_and_can_be_searched(chromium, book, tmp_path
         page.goto((book / "index.html").as_uri())
         page.screenshot(path=tmp_path / "front.png")
         page.get_by_role("link", name=re.compile("Four readers|ensemble", re.I)).first.click()
-        frame = page.frame_locator("iframe[title=map]")
+        frame = explorer(page, "map")
         frame.get_by_label("search in prompts").fill("a")
         frame.get_by_role("button", name="select found").click()
         frame.get_by_text(" selected").first.wait_for()

@@ -1,15 +1,14 @@
 """Explorers: figures that answer a hand.
 
-Each is one module of plain JavaScript (``js/``) over one packed text, the same in JupyterLab, where
-selections come back to Python, and in a saved notebook or page, where it lies in a frame of its
-own. Nothing comes from elsewhere. In a terminal an explorer is a few lines of text.
+Each is one module of plain JavaScript (``js/``) over one packed text, in a frame of its own: the
+same in JupyterLab, where selections come back to Python, in a saved notebook and in a page. Nothing
+comes from elsewhere. In a terminal an explorer is a few lines of text.
 """
 
 import base64
-import functools
 import html
 import io
-import os
+import uuid
 import zlib
 from pathlib import Path
 
@@ -30,13 +29,11 @@ def _read(name):
     return (Path(__file__).parent / "js" / name).read_text(encoding="utf-8")
 
 
-@functools.cache
-def _module(name):
-    return _read("common.js") + _read(f"{name}.js")
-
-
 class Explorer(anywidget.AnyWidget):
-    """What every explorer is: a module, what it shows, and what was chosen in it.
+    """What every explorer is: a page, and in JupyterLab what was chosen in it.
+
+    The page lies in a frame and needs nothing else, so that a saved notebook stays alive; the
+    widget has no view, it carries what page and Python tell each other.
 
     Attributes
     ----------
@@ -46,14 +43,20 @@ class Explorer(anywidget.AnyWidget):
         The table behind it.
     """
 
-    _esm = traitlets.Unicode().tag(sync=True)
-    payload = traitlets.Unicode().tag(sync=True)
-    selected = traitlets.List(traitlets.Int()).tag(sync=True)
-    question = traitlets.Dict().tag(sync=True)
+    _esm = _read("bridge.js")
+    key = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, name, content, text, height, frame=None):
-        self.name, self.text, self.height, self.frame = name, text, height, frame
-        super().__init__(_esm=_module(name), payload=_packed(content))
+    def __init__(self, name, content, text, height, frame=None, answer=None):
+        self.name, self.text, self.height = name, text, height
+        self.packed, self.frame, self.answer = _packed(content), frame, answer
+        self.selected = []
+        super().__init__(key=uuid.uuid4().hex)
+        self.on_msg(self._hear)
+
+    def _hear(self, _, told, buffers):
+        self.selected = told.get("selected", self.selected)
+        packed = _packed(self.answer(told["question"])) if "question" in told else None
+        self.send({"live": True, "packed": packed})
 
     @property
     def rows(self):
@@ -65,19 +68,14 @@ class Explorer(anywidget.AnyWidget):
 
     def page(self):
         """Return the explorer as an HTML frame that needs nothing else."""
-        module = _module(self.name).replace("export default", "const shown =")
-        page = _read("page.html").replace("MODULE", module).replace("PAYLOAD", self.payload)
+        page = _read("page.html").replace("MODULES", _read("common.js") + _read(f"{self.name}.js"))
+        page = page.replace("its key", self.key).replace("what it shows", self.packed)
         style = f"width:100%;height:{self.height}px;border:0"
         frame = f'<iframe title="{self.name}" sandbox="allow-scripts" style="{style}" srcdoc="'
         return f'{frame}{html.escape(page)}"></iframe>'
 
-    def _repr_mimebundle_(self, **kwargs):
-        bundle = {"text/plain": self.text, "text/html": self.page()}
-        if os.environ.get("RSD_HEADLESS"):  # nobody is there to answer: the page is what stays
-            return bundle
-        live = super()._repr_mimebundle_(**kwargs)
-        live, *metadata = live if isinstance(live, tuple) else (live,)
-        return ({**live, **bundle}, *metadata)
+    def _repr_mimebundle_(self, **_):
+        return {"text/plain": self.text, "text/html": self.page()}
 
 
 def _packed(content):
@@ -149,22 +147,17 @@ def explore_readers(pictures, prompts, answers, targets=None, notes=None, ask=No
     first = [answer.lines(0, name, prompts[0]) for name, answer in answers.items()]
     count = f"{len(prompts)} pictures, {len(answers)} readers. The first:"
     text = "\n".join([count, f"TRUE: {prompts[0]}", *first])
-    explorer = Explorer("readers", shown, text, 560)
 
-    def answer(change):
-        question = change["new"]
+    def answer(question):
         try:
             asked = question.get("path") or base64.b64decode(question["content"])
             picture, prompt, read = ask(asked)
             target = data.embed([prompt]) if prompt else None
-            content = _readings(picture[None], [prompt], read, target) | {"asks": True}
+            return _readings(picture[None], [prompt], read, target) | {"asks": True}
         except (RsdError, OSError) as error:
-            content = shown | {"said": str(error)}
-        explorer.payload = _packed(content)
+            return shown | {"said": str(error)}
 
-    if ask is not None:
-        explorer.observe(answer, "question")
-    return explorer
+    return Explorer("readers", shown, text, 560, answer=answer)
 
 
 def _readings(pictures, prompts, answers, targets):

@@ -19,6 +19,7 @@ const STYLE = `
 .rsd td, .rsd th { text-align: left; vertical-align: top; padding: 3px 8px 3px 0;
   border-top: 1px solid #8884; overflow-wrap: anywhere; font-size: 13px; background: none; }
 .rsd .right { background: #009e73; color: white; border-radius: 3px; padding: 0 4px; }
+body:not(.live) .rsd .live { display: none; }
 .rsd .dim { opacity: .72; }
 .rsd canvas { touch-action: none; max-width: none; }
 .rsd figure { margin: 0; }
@@ -196,36 +197,41 @@ const written = (value) =>
       ? String(Math.round(value * 1e4) / 1e4)
       : String(value);
 
+/** Tell Python something, if it listens: see bridge.js. */
+function tell(told) {
+  parent.postMessage({ explorer: KEY, told }, "*");
+}
+
 /** Tell Python which rows are selected. */
-function select(model, rows) {
-  model.set(
-    "selected",
-    [...rows].sort((a, b) => a - b),
-  );
-  model.save_changes();
+function select(rows) {
+  tell({ selected: [...rows].sort((a, b) => a - b) });
 }
 
-/** Keep keys from JupyterLab's shortcuts, which look at the very element that has the focus. */
-function keepKeys(event) {
-  event.target.setAttribute("data-lm-suppress-shortcuts", "true");
-}
-
-/** Make an explorer of a function that fills an element with what was packed. */
+/** Show what a function fills an element with, from what was packed. */
 function explorer(fill) {
-  return {
-    async render({ model, el }) {
-      const refresh = async () => {
-        const box = make("div", { class: "rsd", focusin: keepKeys });
-        try {
-          await fill(model, await unpack(model.get("payload")), box);
-        } catch (error) {
-          box.replaceChildren(`This explorer cannot be shown: ${error.message}`);
-          console.error(error);
-        }
-        el.replaceChildren(make("style", {}, STYLE), box);
-      };
-      model.on("change:payload", refresh);
-      await refresh();
-    },
+  const show = async (packed) => {
+    const box = make("div", { class: "rsd" });
+    try {
+      await fill(await unpack(packed), box);
+    } catch (error) {
+      box.replaceChildren(`This explorer cannot be shown: ${error.message}`);
+      console.error(error);
+    }
+    document.body.replaceChildren(make("style", {}, STYLE), box);
   };
+  // Python may not listen yet, or never: a saved page goes on without.
+  let calls = 0;
+  const calling = setInterval(() => (calls++ < 40 ? tell({}) : clearInterval(calling)), 250);
+  window.addEventListener("message", ({ source, data }) => {
+    if (source !== parent || source === window) return;
+    for (const [name, colour] of Object.entries(data.theme || {})) {
+      document.documentElement.style.setProperty(name, colour);
+    }
+    if (data.live) {
+      clearInterval(calling);
+      document.body.classList.add("live");
+    }
+    if (data.packed) show(data.packed);
+  });
+  show(PACKED);
 }

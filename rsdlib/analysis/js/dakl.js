@@ -1,6 +1,6 @@
 // DAKL on validation: width of the kernel, strength of the ridge, share in the blend.
 
-export default explorer((model, data, box) => {
+explorer((data, box) => {
   const { gammas, alphas, blends, cosines, off } = data; // cosines: gamma x alpha x blend
   const at = { gamma: data.best[0], alpha: data.best[1], blend: data.best[2] };
   const canvas = make("canvas", {

@@ -1,12 +1,12 @@
 // Prompts in the plane: coloured, looked at, lassoed.
 
-export default explorer((model, data, box) => {
+explorer((data, box) => {
   const { prompts, numbers, kinds, x, y } = data;
   const n = prompts.length,
     width = 560,
     height = 440,
     sharp = window.devicePixelRatio || 1;
-  let chosen = new Set(model.get("selected")),
+  let chosen = new Set(),
     cursor = 0,
     by = [...Object.keys(numbers), ...Object.keys(kinds)][0],
     lasso = [];
@@ -143,7 +143,7 @@ export default explorer((model, data, box) => {
 
   function choose(rows) {
     chosen = new Set(rows);
-    select(model, chosen);
+    select(chosen);
     paint();
   }
 

@@ -1,10 +1,10 @@
 // All pairs as thumbnails: sorted, filtered, looked at, selected.
 
-export default explorer((model, data, box) => {
+explorer((data, box) => {
   const { prompts, numbers, kinds, flags } = data;
   const size = 30,
     n = prompts.length;
-  const chosen = new Set(model.get("selected"));
+  const chosen = new Set();
   let order = [],
     cursor = 0,
     by = Object.keys(numbers)[0],
@@ -131,7 +131,7 @@ export default explorer((model, data, box) => {
       else chosen.add(order[at]);
     }
     anchor = k;
-    select(model, chosen);
+    select(chosen);
     paint();
   }
 
@@ -148,6 +148,7 @@ export default explorer((model, data, box) => {
     if (under(event) < order.length) toggle(under(event), event.shiftKey);
   });
   canvas.addEventListener("keydown", (event) => {
+    if (!order.length) return;
     const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() }[
       event.key
     ];
@@ -209,7 +210,7 @@ export default explorer((model, data, box) => {
       {
         click: () => {
           for (const i of order) chosen.add(i);
-          select(model, chosen);
+          select(chosen);
           paint();
         },
       },
@@ -220,7 +221,7 @@ export default explorer((model, data, box) => {
       {
         click: () => {
           chosen.clear();
-          select(model, chosen);
+          select(chosen);
           paint();
         },
       },
@@ -230,5 +231,5 @@ export default explorer((model, data, box) => {
   );
   box.append(make("div", { class: "bar" }, ...bar), make("div", { class: "two" }, scroll, side));
   new ResizeObserver(() => paint()).observe(scroll);
-  requestAnimationFrame(arrange);
+  arrange();
 });

@@ -1,6 +1,6 @@
 // One picture, and what every reader makes of it.
 
-export default explorer((model, data, box) => {
+explorer((data, box) => {
   const { prompts, readers } = data;
   const names = Object.keys(readers);
   let order = prompts.map((_, i) => i),
@@ -115,7 +115,7 @@ export default explorer((model, data, box) => {
   };
   box.addEventListener("keydown", keys);
   box.append(
-    ...(data.asks && model.live !== false ? [asking(model, data)] : []),
+    ...(data.asks ? [asking(data)] : []),
     make("div", { class: "bar" }, ...bar, search, found),
     make("div", { class: "two" }, frame, side),
   );
@@ -123,12 +123,11 @@ export default explorer((model, data, box) => {
 });
 
 /** Return the place where a picture of one's own is handed in, as a file or by its path. */
-function asking(model, data) {
+function asking(data) {
   const said = make("span", { role: "status" }, data.said || "");
   const ask = (question) => {
     said.textContent = "reading …";
-    model.set("question", { ...question, number: Date.now() });
-    model.save_changes();
+    tell({ question });
   };
   const file = make("input", {
     type: "file",
@@ -158,7 +157,7 @@ function asking(model, data) {
   });
   return make(
     "div",
-    { class: "bar" },
+    { class: "bar live" },
     file,
     path,
     make("button", { click: () => ask({ path: path.value }) }, "read"),

@@ -1,6 +1,6 @@
 // A prompt drawn by the original and with a reader in its place, from one step on.
 
-export default explorer((model, data, box) => {
+explorer((data, box) => {
   const { prompts, encoders, places, measures, original } = data;
   const at = { prompt: 0, encoder: 0, place: 0 };
   const pictures = make("div", { class: "two" }),
