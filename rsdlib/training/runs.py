@@ -94,9 +94,6 @@ def load_run(folder):
 @contextlib.contextmanager
 def locked(folder):
     """Hold a run folder for this process and those that train with it."""
-    if not runtime.is_main_process():
-        yield
-        return
     busy = f"another process is training in {files.relative(folder)}"
     with files.locked(folder / ".lock", busy):
         files.remove_leftovers(folder)
