@@ -257,5 +257,4 @@ def _naming(config):
 
 def no_model(message, fix):
     """Turn what a library says of a model that it cannot open into our own error."""
-    causes = (RuntimeError, ValueError, OSError)
-    return refusing(causes, ModelNotFoundError, message, fix)
+    return refusing((RuntimeError, ValueError, OSError), ModelNotFoundError, message, fix)
