@@ -332,8 +332,7 @@ class _Loop:
         loss = float(self.accelerator.reduce(self.loss, "sum")) / max(step - self.logged_step, 1)
         if not math.isfinite(loss):
             message = f"the loss is not finite between steps {self.logged_step} and {step}"
-            fix = "Lower lr, or use precision='fp32'; the last checkpoint is intact."
-            raise RsdError(message, fix)
+            raise RsdError(message, "Lower lr, or use precision='fp32': the checkpoint is intact.")
         self.loss.zero_()
         rate = (step - self.first_step) / (time.monotonic() - self.started)
         lr = self.config.lr * self.plan.lr_factor(step - 1)
