@@ -37,10 +37,10 @@ def find_notebook(name):
     if Path(name).suffix and Path(name).is_file():  # a path means that very file
         return Path(name)
     known, stem = notebooks(), Path(name).stem
-    for key, path in known.items():
-        if stem in (key, key.split("_")[0]):
-            return path
-    raise ConfigError(f"there is no notebook {name!r}", did_you_mean(stem, known))
+    numbered = {key.partition("_")[0]: path for key, path in known.items()}
+    if stem not in known | numbered:
+        raise ConfigError(f"there is no notebook {name!r}", did_you_mean(stem, known))
+    return (known | numbered)[stem]
 
 
 _TYPES = {"str": str, "int": int, "float": pydantic.FiniteFloat, "bool": bool, "list": list}
@@ -112,7 +112,7 @@ def run_notebook(name, parameters, output=None, timeout=None):
     """
     path = find_notebook(name)
     values = check_parameters(path, parameters)
-    output = Path(output) if output is not None else _default_output(path, values)
+    output = Path(output or _default_output(path, values))
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ["RSD_HEADLESS"] = "1"
     runtime.log(f"{path.stem}: running -> {files.relative(output)}")
@@ -184,15 +184,13 @@ Size = Literal["smoke", "mini", "paper"]
 AnySize = Literal["smoke", "mini", "desk", "paper"]
 
 
-def run(
-    notebook: str, /, param: Parameters = (), output: str | None = None, timeout: int | None = None
-):
+def run(notebook: str, /, param: Parameters = (), output: str = "", timeout: int | None = None):
     """Run one notebook headless: rsd run 01_train_vit -p epochs 3.
 
     Args:
         notebook: its name or number.
         param: a parameter's name and value; may be repeated.
-        output: where the executed notebook goes.
+        output: where the executed notebook goes; default: runs/<profile>/notebooks.
         timeout: seconds that one cell may take.
     """
     started = time.monotonic()
@@ -200,9 +198,7 @@ def run(
     runtime.log(f"done in {time.monotonic() - started:.0f} s: {files.relative(path)}")
 
 
-def reproduce(
-    profile: Size = "mini", from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-):
+def reproduce(profile: Size = "mini", from_: Annotated[str, tyro.conf.arg(name="from")] = "00"):
     """Run all notebooks one after the other; make reproduce runs them side by side.
 
     Args:
@@ -210,8 +206,7 @@ def reproduce(
         from_: begin with this notebook.
     """
     names = list(notebooks())
-    if from_ is not None:
-        names = names[names.index(find_notebook(from_).stem) :]
+    names = names[names.index(find_notebook(from_).stem) :]
     for number, name in enumerate(names, 1):
         runtime.log(f"[{number}/{len(names)}] {name}")
         run(name, (("profile", profile),))
@@ -472,13 +467,12 @@ def main(arguments=None):
     Exit codes: 0 done, 1 a notebook failed, 2 wrong usage or parameter, 3 refused input, 130
     interrupted, 138 the kernel died, 141 nobody reads on.
     """
-    commands = {"run": run, "reproduce": reproduce, "tables": tables, "predict": predict}
-    commands |= {"extract": extract, "train": train, "data": data, "models": models}
+    commands = (run, reproduce, tables, predict, extract, train, data, models)
     how = {"prog": "rsd", "args": arguments, "config": (tyro.conf.UseAppendAction,)}
     with contextlib.suppress(AttributeError):  # a notebook's has no encoding of its own
         sys.stdout.reconfigure(errors="backslashreplace")  # as the standard error's always
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, **how)
+        tyro.extras.subcommand_cli_from_dict({call.__name__: call for call in commands}, **how)
         sys.stdout.flush()
     except RsdError as error:
         print(f"rsd: {error}", file=sys.stderr)

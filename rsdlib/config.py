@@ -5,10 +5,8 @@ Nothing outside this file asks for a profile's name.
 
 import difflib
 import functools
-import tomllib
 from collections.abc import Mapping
 from dataclasses import field, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -16,6 +14,7 @@ import pydantic
 from pydantic import AfterValidator, Field, NonNegativeFloat
 from pydantic_core import to_json, to_jsonable_python
 
+from rsdlib import runtime
 from rsdlib.errors import ConfigError
 
 # --- checked dataclasses --------------------------------------------------------------------------
@@ -32,19 +31,16 @@ def settings(cls):
         try:
             accept(self, *values, **named)
         except pydantic.ValidationError as error:
-            raise _refusal(cls, error.errors()[0]) from None
+            fault = error.errors()[0]
+            name = str(fault["loc"][0]) if fault["loc"] else cls.__name__
+            if fault["type"] == "unexpected_keyword_argument":
+                fix = did_you_mean(name, cls.__annotations__)
+                raise ConfigError(f"{cls.__name__} has no setting {name!r}", fix) from None
+            problem = fault["msg"][0].lower() + fault["msg"][1:]
+            raise ConfigError(f"{name} = {fault['input']!r} is refused: {problem}") from None
 
     made.__init__ = init
     return made
-
-
-def _refusal(cls, fault):
-    name = str(fault["loc"][0]) if fault["loc"] else cls.__name__
-    if fault["type"] == "unexpected_keyword_argument":
-        fix = did_you_mean(name, cls.__annotations__)
-        return ConfigError(f"{cls.__name__} has no setting {name!r}", fix)
-    problem = fault["msg"][0].lower() + fault["msg"][1:]
-    return ConfigError(f"{name} = {fault['input']!r} is refused: {problem}")
 
 
 def did_you_mean(name, known):
@@ -229,8 +225,8 @@ class Profile:
 # --- profiles -------------------------------------------------------------------------------------
 
 
-_TABLES = tomllib.loads((Path(__file__).parent / "profiles.toml").read_text(encoding="utf-8"))
-_READ = {name: from_dict(Profile, {"name": name, **table}) for name, table in _TABLES.items()}
+_TABLES = runtime.read_table("profiles.toml").items()
+_READ = {name: from_dict(Profile, {"name": name, **table}) for name, table in _TABLES}
 PROFILES = MappingProxyType(_READ)
 
 

@@ -313,7 +313,7 @@ class Trial:
         steps = f"{len(self.pairs.train)} training pairs, {self.config.epochs} epochs"
         runtime.log(f"{files.relative(self.folder)}: {steps}")
         if not (training.is_finished(self.folder) or training.is_one_of_many()):
-            processes = self.config.processes or max(runtime.gpus(), 1)
+            processes = self.config.processes or max(torch.cuda.device_count(), 1)
             if processes > 1:
                 self.hand_over()
                 training.launch(self.folder, processes)
@@ -334,8 +334,8 @@ class Trial:
             raise errors.ConfigError(message, "Use processes=1.")
         arrays = training.runs.to_numpy(self.model.state_dict(), "model.")
         arrays |= {f"stage.{n}": stage.rows for n, stage in enumerate(self.stages)}
-        meta = {"data": as_dict(self.prepared.config)}
-        meta["callbacks"] = bool(self.callbacks)  # the curriculum's own: see `planned`
+        # The callbacks are the curriculum's own: see `planned`.
+        meta = {"data": as_dict(self.prepared.config), "callbacks": bool(self.callbacks)}
         meta["epochs"] = [stage.epochs for stage in self.stages]
         settings = training.Plan(self.stages, self.config).settings(as_dict(self.recipe))
         training.runs.claim(self.folder, settings)
@@ -343,8 +343,7 @@ class Trial:
 
     def _learn_domain(self):
         """Store which pictures the trained model knows, for `rsdlib.Predictor`."""
-        sides, size = [], self.model.backbone.image_size
-        images = self.prepared.images(size)
+        sides, images = [], self.prepared.images(self.model.backbone.image_size)
         for rows in (self.pairs.train, self.pairs.val):
             some = rows[:: -(-len(rows) // KNOWN)]
             read = {"device": self.config.device, "description": "what it knows"}
@@ -517,8 +516,7 @@ def planned(folder):
     if pairs.key != recipe.images:
         message = f"the images of {files.relative(folder)} are not those it was planned with"
         raise errors.CheckpointError(message, "Plan it again: run the notebook that made it.")
-    epochs = enumerate(meta["epochs"])
-    stages = [training.Stage(stored[f"stage.{n}"], count) for n, count in epochs]
+    stages = [training.Stage(stored[f"stage.{n}"], count) for n, count in enumerate(meta["epochs"])]
     callbacks = []
     if meta["callbacks"]:
         _, callbacks = training.regime(recipe.curriculum, pairs.train, config.epochs)

@@ -50,10 +50,7 @@ def relative(path):
 # --- keys -----------------------------------------------------------------------------------------
 
 
-def digest(value, length=16):
-    """Return the first `length` hexadecimal digits of the SHA-256 of `value`'s canonical JSON."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+digest = runtime.digest
 
 
 def checksum(arrays):
@@ -62,8 +59,7 @@ def checksum(arrays):
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
         total.update(f"{name} {array.dtype} {array.shape}".encode())
-        if array.size:
-            total.update(memoryview(array).cast("B"))
+        total.update(array.reshape(-1).view(np.uint8))
     return total.hexdigest()
 
 

@@ -217,9 +217,8 @@ class Predictor:
         parts = [(np.empty((0, size), np.float32), np.empty((0, len(self.words))), (), [], [])]
         for start in runtime.track(range(0, len(images), batch_size), "reading images"):
             parts.append(self._read(images[start : start + batch_size]))
-        embeddings, probabilities, distances, captions, found = (
-            np.concatenate(arrays) for arrays in zip(*parts, strict=True)
-        )
+        columns = map(np.concatenate, zip(*parts, strict=True))
+        embeddings, probabilities, distances, captions, found = columns
         table = pd.DataFrame(probabilities, columns=map(say, self.words))
         rows = table.drop(columns="", errors="ignore").iterrows()  # what is left out is ""
         words = [list(row.nlargest(n_words).items()) for _, row in rows]

@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import time
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else _apple_or_cpu()
     with refusing(RuntimeError, DeviceError, f"{name!r} is not a device", "Use 'auto' or 'cpu'."):
         chosen = torch.device(name)
-    count = {"cpu": 1, "cuda": gpus(), "mps": torch.backends.mps.is_available()}
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if (chosen.index or 0) >= count.get(chosen.type, 0):
         raise DeviceError(f"device {name!r} was asked for, but there is none here", "Use 'auto'.")
     return chosen
@@ -61,13 +62,6 @@ def exact(on):
     return torch.float32 if on.type == "mps" else torch.float64
 
 
-def gpus():
-    """Return how many GPUs there are."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def threads():
     """Return how many threads this process may keep busy: its share of the cores."""
     import torch
@@ -83,8 +77,8 @@ def share(processes, numbers):
     import torch
 
     torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
-    if gpus():
-        torch.cuda.set_device(numbers.get() % gpus())
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(numbers.get() % gpus)
 
 
 def precision(name, on):
@@ -106,19 +100,25 @@ def precision(name, on):
     return "bf16" if fast else "fp32"
 
 
-def _key(keys):
-    text = json.dumps(keys, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+def read_table(name):
+    """Return what a TOML file of the package says, by its path inside."""
+    return tomllib.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+def digest(value, length=16):
+    """Return the first `length` hexadecimal digits of the SHA-256 of `value`'s canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def rng(*keys):
     """Return a NumPy generator that is a function of `keys` alone (integers and texts)."""
-    return np.random.default_rng(int(_key(keys)[:16], 16))
+    return np.random.default_rng(int(digest(keys), 16))
 
 
 def torch_seed(*keys):
     """Return a 60-bit seed for `torch.manual_seed` that is a function of `keys` alone."""
-    return int(_key(keys)[:15], 16)
+    return int(digest(keys, 15), 16)
 
 
 # --- talking to the user --------------------------------------------------------------------------

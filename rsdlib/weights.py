@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tomllib
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,8 +56,7 @@ class ModelSpec:
     size: int = 0
 
 
-_TABLES = tomllib.loads((Path(__file__).parent / "weights.toml").read_text(encoding="utf-8"))
-MODELS = {name: ModelSpec(**table) for name, table in _TABLES.items()}
+MODELS = {name: ModelSpec(**told) for name, told in runtime.read_table("weights.toml").items()}
 
 
 def locate(name, *, check=True):
@@ -207,7 +205,7 @@ def _fetched(name, **how):
 # --- the hub's faults -----------------------------------------------------------------------------
 
 # By what an answer's status, or the error of a call, is named; "else" for any other.
-_ADVICE = tomllib.loads((Path(__file__).parent / "advice.toml").read_text(encoding="utf-8"))
+_ADVICE = runtime.read_table("advice.toml")
 
 
 @contextlib.contextmanager

@@ -79,9 +79,8 @@ def save_figure(figure, path):
     path-like
         The path.
     """
-    figure = getattr(figure, "figure", figure)
     with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        figure.figure.savefig(temporary, format="png", metadata={"Software": None})
     runtime.log(f"figure: {files.relative(path)}")
     return path
 

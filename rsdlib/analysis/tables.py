@@ -6,16 +6,14 @@ A stored row has ``method``, a score (``cosine``, or ``RefCLIPScore`` in table 1
 
 import html
 import re
-import tomllib
 from dataclasses import replace
-from pathlib import Path
 
-from rsdlib import files
+from rsdlib import files, runtime
 from rsdlib.analysis.metrics import Comparison, Estimate
 from rsdlib.analysis.plots import plain
 from rsdlib.errors import CacheError
 
-_PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text(encoding="utf-8"))
+_PAPER = runtime.read_table("analysis/paper.toml")
 PAPER = {table: content["rows"] for table, content in _PAPER.items()}
 TITLES = {table: content["title"] for table, content in _PAPER.items()}
 VANILLA = ("clip", "swin", "vit", "unet")

@@ -212,7 +212,6 @@ def search_dakl(X, Y, X_val, Y_val, n_clusters, gammas, alphas, n_targets=0, **o
             score = cosine(model.fit_predict(centroids, targets, X_val), Y_val).mean()
             table.append(choice | {"cosine": score, "solver": model.solver_, "error": model.error_})
     if not table:
-        message = f"every alpha of {list(alphas)} is lost in float64's rounding"
-        raise ConfigError(message, f"Use {least:.1g} or more.")
+        raise ConfigError("every alpha is lost in float64's rounding", f"Use {least:.1g} or more.")
     order = {"ascending": False, "kind": "stable", "ignore_index": True}
     return pd.DataFrame(table).sort_values("cosine", **order)

@@ -1,8 +1,6 @@
 """Stable Diffusion as the maker of the data: open it, sample from it, sample a row again."""
 
 import copy
-import tomllib
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -170,7 +168,7 @@ def sample_rows(pipe, pairs):
 
 
 _SIZE = ["height", "width"]
-_TABLES = tomllib.loads((Path(__file__).parent / "samplers.toml").read_text(encoding="utf-8"))
+_TABLES = runtime.read_table("models/samplers.toml")
 
 
 def _with_sampler(pipe, name):

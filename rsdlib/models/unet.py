@@ -54,11 +54,22 @@ class UNetEncoder(FrontedEncoder):
     ----------
     features : int
         Channels of the mid block.
+
+    Raises
+    ------
+    ConfigError
+        The U-Net is told more than a prompt, or reads a prompt of another width.
     """
 
     def __init__(self, unet, context, front=None, image_size=None, sampler=None, noised=False):
         super().__init__(front)
-        _check_conditions(unet, context)
+        for name in ("class_embedding", "add_embedding", "encoder_hid_proj"):
+            if getattr(unet, name, None) is not None:
+                raise ConfigError(f"this U-Net also has {name}", "Use one without it.")
+        width, reads = context.shape[-1], unet.config.cross_attention_dim
+        if width != reads:
+            message = f"the text context has {width} numbers a token, the U-Net reads {reads}"
+            raise ConfigError(message, "Take text encoder and U-Net from the same pipeline.")
         for name in DROPPED:
             delattr(unet, name)
         self.unet, self.image_size, self.sampler, self.noised = unet, image_size, sampler, noised
@@ -108,17 +119,6 @@ class UNetEncoder(FrontedEncoder):
             latents, steps = self.with_noise(latents)
         maps = self.all_maps(latents, own if context is None else context, steps)
         return maps[-1].mean(dim=(2, 3))
-
-
-def _check_conditions(unet, context):
-    """Refuse a U-Net that is told more than a prompt, or a prompt of another width."""
-    for name in ("class_embedding", "add_embedding", "encoder_hid_proj"):
-        if getattr(unet, name, None) is not None:
-            raise ConfigError(f"this U-Net also has {name}", "Use one without it.")
-    width, reads = context.shape[-1], unet.config.cross_attention_dim
-    if width != reads:
-        message = f"the text context has {width} numbers a token, the U-Net reads {reads}"
-        raise ConfigError(message, "Take text encoder and U-Net from the same pipeline.")
 
 
 class Latents(nn.Module):

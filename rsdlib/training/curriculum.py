@@ -323,8 +323,7 @@ def regime(config, rows, epochs, history=None):
     callbacks : list of Callback
     """
     if config.name == "ours":
-        hardness = hardness_of(rows, history)
-        return growing(rows, hardness, epochs, config.stages, config.equal), []
+        return growing(rows, hardness_of(rows, history), epochs, config.stages, config.equal), []
     cbs = CBS(config.sigma, config.decay, config.falls)
     lerac = LeRaC(config.lowest, config.until)
     callbacks = {"none": [], "cbs": [cbs], "lerac": [lerac]}

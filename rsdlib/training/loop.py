@@ -191,8 +191,8 @@ def fit(model, data, config, folder, *, objective, stages=None, callbacks=(), re
     """
     folder = Path(folder)
     plan = Plan(stages or [Stage(np.asarray(data.train), config.epochs)], config)
-    finished = runs.is_finished(folder)
-    with contextlib.nullcontext() if finished else runs.locked(folder):
+    writes = runtime.is_main_process() and not runs.is_finished(folder)
+    with runs.locked(folder) if writes else contextlib.nullcontext():
         runs.claim(folder, plan.settings(recipe))
         if not runs.is_finished(folder):
             device = runtime.device(config.device)
@@ -217,8 +217,8 @@ class _Loop:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.reader = _Batches(data, objective, self.config, self.rank, self.world)
-        groups = _groups(model, self.config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
+        how = {"lr": self.config.lr, "weight_decay": self.config.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(_groups(model), **how)
         self.step, self.best_score, self.records = 0, -math.inf, []
         self.history = np.full((len(plan.epochs), len(data)), np.nan, np.float32)
         for callback in callbacks:
@@ -245,7 +245,10 @@ class _Loop:
                 callback.end(self)
             self.model._compiled_call_impl = None  # the model is left as it came
         if self.accelerator.is_main_process:
-            self._write_difficulty()
+            rows = np.unique(np.concatenate(self.plan.epochs))
+            columns = {f"epoch_{e}": values[rows] for e, values in enumerate(self.history, 1)}
+            table = pd.DataFrame({"row": rows, **columns})
+            files.write_parquet(self.folder / runs.DIFFICULTY, table)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
 
@@ -326,8 +329,7 @@ class _Loop:
         loss = float(self.accelerator.reduce(self.loss, "sum")) / max(step - self.logged_step, 1)
         if not math.isfinite(loss):
             message = f"the loss is not finite between steps {self.logged_step} and {step}"
-            fix = "Lower lr, or use precision='fp32'; the last checkpoint is intact."
-            raise RsdError(message, fix)
+            raise RsdError(message, "Lower lr, or use precision='fp32': the checkpoint is intact.")
         self.loss.zero_()
         rate = (step - self.first_step) / (time.monotonic() - self.started)
         lr = self.config.lr * self.plan.lr_factor(step - 1)
@@ -345,11 +347,10 @@ class _Loop:
         val, val_loss = self._validate()
         self._log(epoch, train_similarity=train, val_similarity=val, val_loss=val_loss)
         is_best = val > self.best_score
-        if is_best:
-            self.best_score = val
-            if self.accelerator.is_main_process:
-                meta = {"epoch": epoch, "val_similarity": val}
-                runs.save_weights(self.model, self.folder / runs.WEIGHTS, meta)
+        self.best_score = max(self.best_score, val)
+        if is_best and self.accelerator.is_main_process:
+            meta = {"epoch": epoch, "val_similarity": val}
+            runs.save_weights(self.model, self.folder / runs.WEIGHTS, meta)
         seconds = (time.monotonic() - self.started) / (self.step - self.first_step)
         left = f"about {(self.plan.total - self.step) * seconds:.0f} s left"
         cosines = f"cosine train {train:.4f}, val {val:.4f}{' (best)' if is_best else ''}"
@@ -376,11 +377,10 @@ class _Loop:
         return (self.accelerator.reduce(sums, "sum") / len(rows)).tolist()
 
     def _save(self, epoch):
-        if not self.accelerator.is_main_process:
-            return
-        meta = {"step": self.step, "best_score": self.best_score, "records": self.records}
-        path, history = self.folder / runs.CHECKPOINT, self.history[: epoch + 1]
-        runs.save_checkpoint(path, self.model, self.optimizer, history, meta)
+        if self.accelerator.is_main_process:
+            meta = {"step": self.step, "best_score": self.best_score, "records": self.records}
+            path, history = self.folder / runs.CHECKPOINT, self.history[: epoch + 1]
+            runs.save_checkpoint(path, self.model, self.optimizer, history, meta)
 
     def _resume(self):
         """Take up the checkpoint if there is one, and its half-finished epoch; say what changed."""
@@ -401,12 +401,6 @@ class _Loop:
         runtime.log(f"{files.relative(self.folder)}: {where}")
         if not self.rank and self.step < self.plan.total:
             self.similarity.copy_(torch.from_numpy(self.history[self.plan.epoch(self.step)]))
-
-    def _write_difficulty(self):
-        """Write each training sample's similarity in each epoch, in row order."""
-        rows = np.unique(np.concatenate(self.plan.epochs))
-        columns = {f"epoch_{e}": values[rows] for e, values in enumerate(self.history, 1)}
-        files.write_parquet(self.folder / runs.DIFFICULTY, pd.DataFrame({"row": rows, **columns}))
 
 
 def _accelerator(config):
@@ -430,10 +424,9 @@ def _attention(device):
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
-def _groups(model, weight_decay):
-    """Put matrices under weight decay and leave biases, norms and other vectors out of it."""
+def _groups(model):
+    """Return the optimizer's groups: weight decay leaves out biases, norms and other vectors."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]

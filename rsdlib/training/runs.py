@@ -80,8 +80,7 @@ def load_run(folder):
     """
     folder = Path(folder)
     if not is_finished(folder):
-        message = f"{files.relative(folder)} holds no finished run"
-        raise CacheError(message, "Train first: rsd run 01_train_vit.")
+        raise CacheError(f"{files.relative(folder)} holds no finished run", "Train it first.")
     stored = made_from(folder)
     metrics = pd.read_json(folder / METRICS, lines=True)
     difficulty = pd.read_parquet(folder / DIFFICULTY)
@@ -94,9 +93,6 @@ def load_run(folder):
 @contextlib.contextmanager
 def locked(folder):
     """Hold a run folder for this process and those that train with it."""
-    if not runtime.is_main_process():
-        yield
-        return
     busy = f"another process is training in {files.relative(folder)}"
     with files.locked(folder / ".lock", busy):
         files.remove_leftovers(folder)
