@@ -314,74 +314,58 @@ def extract(pairs, fronts, folder=None, on_bad="error", pool=None, *, device="au
     places = pd.DataFrame(map(split_locator, pairs["image"]), columns=["part", "name"])
     groups = places.groupby("part")["name"]
     parts = [files.resolve_path(part) for part in groups.groups]
-    index = _Index(folder, parts, places, fronts)
-    if not index.read():
-        wanted = [names.tolist() for _, names in groups]
-        made = run(parts, wanted, fronts, folder, device, pool)
+    images = pd.util.hash_pandas_object(places, index=False).to_numpy()
+    key = files.digest([files.checksum({"images": images}), [front.key for front in fronts]])
+    index, stamps = folder / f"index-{key}.safetensors", None
+    if all(part.is_file() for part in parts):
+        stamps = [[s.st_size, s.st_mtime_ns] for s in map(os.stat, parts)]
+    where, found = _read_index(index, stamps)
+    if not found:
+        where = {"shard": np.zeros(len(places), np.int32)}
+        where["row"] = np.full(len(places), -1, np.int32)
+        found = {"stamps": stamps, "paths": [[] for _ in fronts], "bad": []}
+        made = run(parts, [names.tolist() for _, names in groups], fronts, folder, device, pool)
         for (_, names), shards in zip(groups, made, strict=True):
-            index.add(names, shards)
-            if index.bad and on_bad == "error":
+            _look_up(names, shards, where, found)
+            if found["bad"] and on_bad == "error":
                 break
         else:
-            index.write()
-    ids, where = pairs["id"].to_numpy(), places["part"].to_numpy()
-    faults += [(ids[i], files.relative(where[i]), reason) for i, reason in sorted(index.bad)]
+            if stamps is not None:
+                files.save_arrays(index, where, found)
+    ids, part = pairs["id"].to_numpy(), places["part"].to_numpy()
+    faults += [(ids[i], files.relative(part[i]), reason) for i, reason in sorted(found["bad"])]
     if faults and on_bad == "error":
         raise errors.BadImageError(*faults[0])
-    return index.stores(faults.table(len(places), "images", max_bad))
+    bad, lies = faults.table(len(places), "images", max_bad), files.checksum(where)
+    stores = []
+    for paths in found["paths"]:
+        key = files.digest([[Path(path).name for path in paths], lies])
+        stores.append(Store(paths, where["shard"], where["row"], key, bad))
+    return stores
 
 
-class _Index:
-    """Where everything lies: image i in row ``row[i]`` of file ``shard[i]`` of each front.
+def _read_index(path, stamps):
+    """Return the row and the shard of each image, the shards' paths and the bad images.
 
-    What was stored of it is good as long as all parts are zips that kept size and date.
+    That is stored, and good as long as all parts are zips that kept size and date.
     """
+    with contextlib.suppress(errors.CacheError):
+        where, found = files.load_arrays(path)
+        shards = itertools.chain(*found["paths"])
+        if found["stamps"] == stamps and all(_is_whole(Path(shard)) for shard in shards):
+            return where, found
+    return None, None
 
-    def __init__(self, folder, parts, places, fronts):
-        images = pd.util.hash_pandas_object(places, index=False).to_numpy()
-        key = files.digest([files.checksum({"images": images}), [front.key for front in fronts]])
-        self._path, self._stamps = folder / f"index-{key}.safetensors", None
-        if all(part.is_file() for part in parts):
-            self._stamps = [[s.st_size, s.st_mtime_ns] for s in map(os.stat, parts)]
-        self.row = np.full(len(places), -1, np.int32)
-        self.shard = np.zeros(len(places), np.int32)
-        self.paths = [[] for _ in fronts]
-        self.bad = []  # (image, reason)
 
-    def read(self):
-        """Take up what is stored; tell whether that is there and good."""
-        with contextlib.suppress(errors.CacheError):
-            arrays, meta = files.load_arrays(self._path)
-            shards = itertools.chain(*meta["paths"])
-            if meta.pop("stamps") == self._stamps and all(_is_whole(Path(p)) for p in shards):
-                vars(self).update(arrays | meta)
-                return True
-        return False
-
-    def write(self):
-        if self._stamps is not None:
-            meta = {"stamps": self._stamps, "paths": self.paths, "bad": self.bad}
-            files.save_arrays(self._path, {"shard": self.shard, "row": self.row}, meta)
-
-    def add(self, names, shards):
-        """Look up the images of one part: a Series of names, its index the images."""
-        for made in shards:
-            good = pd.Index([name for name in made.names if name not in made.bad])
-            place = good.get_indexer(names)
-            images = names.index[place >= 0].to_numpy()
-            self.shard[images], self.row[images] = len(self.paths[0]), place[place >= 0]
-            self.bad += [(int(i), made.bad[name]) for i, name in names.items() if name in made.bad]
-            for paths, path in zip(self.paths, made.paths, strict=True):
-                paths.append(path)
-
-    def stores(self, bad):
-        """Return the store of each front."""
-        where = files.checksum({"shard": self.shard, "row": self.row})
-        stores = []
-        for paths in self.paths:
-            key = files.digest([[Path(path).name for path in paths], where])
-            stores.append(Store(paths, self.shard, self.row, key, bad))
-        return stores
+def _look_up(names, shards, where, found):
+    """Note where the images of one part lie: a Series of names, its index the images."""
+    for made in shards:
+        place = pd.Index([n for n in made.names if n not in made.bad]).get_indexer(names)
+        images = names.index[place >= 0].to_numpy()
+        where["shard"][images], where["row"][images] = len(found["paths"][0]), place[place >= 0]
+        found["bad"] += [(int(i), made.bad[n]) for i, n in names.items() if n in made.bad]
+        for paths, path in zip(found["paths"], made.paths, strict=True):
+            paths.append(path)
 
 
 def check_shards(folder=None):
