@@ -33,7 +33,8 @@ def build(executed, out):
         notebook = prepared(nbformat.read(path, 4), {other.name for other in paths})
         nbformat.write(notebook, work / "notebooks" / path.name)
     _write_pages(work, [path.stem for path in paths])
-    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", "2", str(work), str(out)]
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", "2"]
+    command += ["-d", str(work / "doctrees"), str(work), str(out)]
     subprocess.run(command, check=True)
     return out / "index.html"
 

@@ -19,7 +19,9 @@ explorer((data, box) => {
     role: "application",
     "aria-label": "grid of pairs: arrow keys move, Enter selects",
   });
-  const scroll = make("div", { class: "scroll", style: "flex:2 1 360px" }, canvas);
+  // The canvas stays in sight while what is as tall as all rows scrolls: it holds those in sight.
+  const tall = make("div", {}, canvas);
+  const scroll = make("div", { class: "scroll", style: "flex:2 1 360px", scroll: grid }, tall);
   const side = make("div", { class: "side", "aria-live": "polite" });
   const count = make("span", { class: "dim", role: "status" });
   const columns = () => Math.max(Math.floor((scroll.clientWidth - 16) / size), 4);
@@ -61,18 +63,26 @@ explorer((data, box) => {
   }
 
   function paint() {
+    count.textContent = `${order.length} of ${n} pairs, ${chosen.size} selected`;
+    grid();
+    look();
+  }
+
+  function grid() {
     const wide = columns(),
       sharp = window.devicePixelRatio || 1;
-    const high = Math.max(Math.ceil(order.length / wide), 1);
-    const shrunk = Math.min(sharp, 16000 / (high * size));
-    canvas.width = wide * size * shrunk;
-    canvas.height = high * size * shrunk;
-    canvas.style.cssText = `width:${wide * size}px;height:${high * size}px;display:block`;
+    const high = Math.max(Math.ceil(order.length / wide), 1) * size;
+    const seen = Math.min(high, 460);
+    tall.style.height = `${high}px`;
+    canvas.width = wide * size * sharp;
+    canvas.height = seen * sharp;
+    canvas.style.cssText = `width:${wide * size}px;height:${seen}px;display:block;position:sticky;top:0`;
     const context = canvas.getContext("2d");
-    context.scale(shrunk, shrunk);
-    order.forEach((i, k) => cell(context, i, k, wide));
-    count.textContent = `${order.length} of ${n} pairs, ${chosen.size} selected`;
-    look();
+    context.scale(sharp, sharp);
+    context.translate(0, -scroll.scrollTop);
+    const first = Math.floor(scroll.scrollTop / size) * wide;
+    const last = Math.ceil((scroll.scrollTop + seen) / size) * wide;
+    for (let k = first; k < Math.min(last, order.length); k++) cell(context, order[k], k, wide);
   }
 
   function cell(context, i, k, wide) {
@@ -136,7 +146,8 @@ explorer((data, box) => {
   }
 
   const under = (event) =>
-    Math.floor(event.offsetY / size) * columns() + Math.floor(event.offsetX / size);
+    Math.floor((event.offsetY + scroll.scrollTop) / size) * columns() +
+    Math.floor(event.offsetX / size);
   canvas.addEventListener("mousemove", (event) => {
     const k = under(event);
     if (k < order.length && k !== cursor) {
