@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -121,17 +122,26 @@ def run_notebook(name, parameters, output=None, timeout=None):
     left = any(out.get("ename") == "SystemExit" for cell in code for out in cell.outputs)
     if left or any(cell.execution_count is None for cell in code):
         raise NotebookError(f"{path.stem} left before its end", f"See {files.relative(output)}.")
-    _trust(output)
+    _finish(output)
     return output
 
 
-def _trust(path):
-    """Sign an executed notebook for this user, so that JupyterLab shows all that it holds."""
+_PROGRESS = re.compile(r"^.*: [\d,]+/[\d,]+, about \d+ s left\n", re.M)
+
+
+def _finish(path):
+    """Take progress out of an executed notebook; sign it, so that JupyterLab shows all of it."""
     import nbformat
     from nbformat.sign import NotebookNotary
 
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream":
+                output.text = _PROGRESS.sub("", output.text)
+    files.write_text(path, nbformat.writes(notebook))
     with contextlib.suppress(OSError, sqlite3.Error):  # a home that cannot be written to
-        NotebookNotary().sign(nbformat.read(path, as_version=4))
+        NotebookNotary().sign(notebook)
 
 
 def _default_output(path, values):

@@ -124,6 +124,7 @@ def test_executed_notebooks_are_trusted_and_hold_no_residue(trained, complete):
         outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
         streams = "".join(out.text for out in outputs if out.output_type == "stream")
         assert "%|" not in streams, name  # a bar
+        assert not re.search(r"\d/\d+, about \d+ s left$", streams, re.M), name
         assert "WARNING" not in streams, name
 
 
