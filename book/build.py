@@ -27,7 +27,8 @@ def build(executed, out):
     work = out.parent / f"{out.name}-sources"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(HERE.parent / "figures", work / "figures", ignore=_but_pictures)
-    shutil.copy(HERE / "conf.py", work)
+    for name in ("conf.py", "book.css"):
+        shutil.copy(HERE / name, work)
     (work / "notebooks").mkdir()
     for path in paths:
         notebook = prepared(nbformat.read(path, 4), {other.name for other in paths})

@@ -1,6 +1,7 @@
 // What all explorers share. Text out of data becomes text nodes, never HTML.
 
 const STYLE = `
+body { margin: 0; background: var(--jp-layout-color1, Canvas); }
 .rsd { font: 13px/1.4 system-ui, "Noto Sans", "Noto Color Emoji", sans-serif; padding: 8px;
   color: var(--jp-ui-font-color1, CanvasText); background: var(--jp-layout-color1, Canvas); }
 .rsd .bar { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center;

@@ -3,8 +3,9 @@
 explorer((data, box) => {
   const { prompts, numbers, kinds, x, y } = data;
   const n = prompts.length,
-    width = 560,
-    height = 440,
+    // Room for a picture at its side, as wide as a page of the book may be.
+    width = Math.min(560, Math.max(320, (document.body.clientWidth || 820) - 260)),
+    height = Math.round(width * 0.786),
     sharp = window.devicePixelRatio || 1;
   let chosen = new Set(),
     cursor = 0,
