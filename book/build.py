@@ -26,10 +26,9 @@ def build(executed, out):
     shutil.rmtree(out, ignore_errors=True)
     work = out.parent / f"{out.name}-sources"
     shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(HERE.parent / "figures", work / "figures", ignore=_but_pictures)
+    (work / "notebooks").mkdir(parents=True)
     for name in ("conf.py", "book.css"):
         shutil.copy(HERE / name, work)
-    (work / "notebooks").mkdir()
     for path in paths:
         notebook = prepared(nbformat.read(path, 4), {other.name for other in paths})
         nbformat.write(notebook, work / "notebooks" / path.name)
@@ -38,10 +37,6 @@ def build(executed, out):
     command += ["-d", str(work / "doctrees"), str(work), str(out)]
     subprocess.run(command, check=True)
     return out / "index.html"
-
-
-def _but_pictures(folder, names):
-    return [name for name in names if not name.endswith(".png")]
 
 
 def prepared(notebook, known):
@@ -82,6 +77,9 @@ def _first_sentence(text):
 def _write_pages(work, names):
     """Write the front page, and one for each room of the package."""
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", readme):
+        (work / path).parent.mkdir(exist_ok=True)
+        shutil.copy(HERE.parent / path, work / path)
     front = _linked(readme, {f"notebooks/{name}.ipynb" for name in names})
     toc = "\n\n```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n"
     pages = [f"notebooks/{name}" for name in names]

@@ -139,6 +139,8 @@ def _finish(path):
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":
                 output.text = _PROGRESS.sub("", output.text)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
     files.write_text(path, nbformat.writes(notebook))
     with contextlib.suppress(OSError, sqlite3.Error):  # a home that cannot be written to
         NotebookNotary().sign(notebook)

@@ -137,7 +137,7 @@ function chart(series, labels, { at = null, width = 360, height = 170, axis = ""
     height,
     role: "img",
     viewBox: `0 0 ${width} ${height}`,
-    style: "max-width:100%",
+    style: "max-width:100%;height:auto",
   });
   svg.setAttribute("aria-label", `${axis}: ${series.map((one) => one.name).join(", ")}`);
   for (const value of [low, high]) {
