@@ -87,7 +87,7 @@ slow: $(READY)
 # Opens on a page that says what is here; what kernels say is encrypted. LAB holds further options.
 lab: $(READY)
 	@$(BIN)/python book/start.py
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/runs/start.ipynb --KernelManager.transport_encryption=auto $(LAB)
+	$(BIN)/jupyter lab --ServerApp.root_dir="$${RSD_ROOT:-.}" --LabApp.default_url=/lab/tree/runs/start.ipynb --KernelManager.transport_encryption=auto $(LAB)
 
 # For a JupyterLab or an editor that was started elsewhere.
 kernel: $(READY)

@@ -5,37 +5,46 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 
-from rsdlib import files
+from rsdlib import cli, files
 
 HERE = Path(__file__).parent
+MARK = ".rsd-book"  # lies in what may be built anew
 ROOMS = ("data", "models", "training", "ensemble", "analysis")
 OTHERS = ("experiment", "predict", "config", "weights", "files", "runtime", "errors", "cli")
 
 
 def build(executed, out):
     """Build the book of the executed notebooks in a folder; return the front page."""
-    paths = sorted(executed.glob("[0-9][0-9]_*.ipynb"))
-    if not paths:
-        sys.exit(f"no executed notebook is in {executed}: run them first, make reproduce")
-    if out.exists() and any(out.iterdir()) and not (out / ".buildinfo").exists():
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
         sys.exit(f"{out} holds something else than a book: choose another folder by --out")
-    shutil.rmtree(out, ignore_errors=True)
-    work = out.parent / f"{out.name}-sources"
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "notebooks").mkdir(parents=True)
-    for name in ("conf.py", "book.css"):
-        shutil.copy(HERE / name, work)
-    for path in paths:
-        notebook = prepared(nbformat.read(path, 4), {other.name for other in paths})
-        nbformat.write(notebook, work / "notebooks" / path.name)
-    _write_pages(work, [path.stem for path in paths])
-    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", "2"]
-    command += ["-d", str(work / "doctrees"), str(work), str(out)]
-    subprocess.run(command, check=True)
+    paths = sorted(executed.glob("[0-9][0-9]_*.ipynb"))
+    notebooks = {path.name: nbformat.read(path, 4) for path in paths}
+    for name in [name for name, notebook in notebooks.items() if not cli.ran_whole(notebook)]:
+        print(f"left out, it did not run to its end: {name}", file=sys.stderr)
+        del notebooks[name]
+    if not notebooks:
+        sys.exit(f"no executed notebook is in {executed}: run them first, make reproduce")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as made:
+        work, site = Path(made, "sources"), Path(made, "site")
+        (work / "notebooks").mkdir(parents=True)
+        for name in ("conf.py", "book.css", "book.js"):
+            shutil.copy(HERE / name, work)
+        for name, notebook in notebooks.items():
+            nbformat.write(prepared(notebook, notebooks), work / "notebooks" / name)
+        _write_pages(work, [Path(name).stem for name in notebooks])
+        command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", "2"]
+        command += ["-d", str(work / "doctrees"), str(work), str(site)]
+        if subprocess.run(command).returncode:
+            sys.exit("Sphinx could not build the book")
+        (site / MARK).touch()
+        shutil.rmtree(out, ignore_errors=True)
+        site.rename(out)
     return out / "index.html"
 
 
@@ -77,8 +86,8 @@ def _first_sentence(text):
 def _write_pages(work, names):
     """Write the front page, and one for each room of the package."""
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", readme):
-        (work / path).parent.mkdir(exist_ok=True)
+    for path in re.findall(r"!\[[^\]]*\]\((?!http)([^)]*)\)", readme):
+        (work / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE.parent / path, work / path)
     front = _linked(readme, {f"notebooks/{name}.ipynb" for name in names})
     toc = "\n\n```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n"

@@ -10,8 +10,8 @@ html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_copy_source = html_show_sourcelink = html_show_copyright = html_show_sphinx = False
 html_title = project
-html_static_path = ["book.css"]
-html_css_files = ["book.css"]
+html_static_path = ["book.css", "book.js"]
+html_css_files, html_js_files = ["book.css"], ["book.js"]
 html_domain_indices = False
 html_show_search_summary = False  # a page that lies in a file may not read others
 nb_execution_mode = "off"

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import nbformat
-from nbformat.sign import NotebookNotary
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from rsdlib import files
+from rsdlib import cli, files
 
 ROOT = Path(__file__).parents[1]
 PICTURE, MAP = "01_vit_neighbours.png", "06_map.html"
@@ -38,6 +37,7 @@ def notebooks(readme):
 def computed(name, runs):
     """Return links to the executed notebooks of a name, the newest first."""
     found = sorted(runs.glob(f"*/notebooks/{name}.ipynb"), key=lambda p: -p.stat().st_mtime)
+    found = [path for path in found if cli.ran_whole(nbformat.read(path, 4))]
     when = {
         path: time.strftime("%d %b %H:%M", time.localtime(path.stat().st_mtime)) for path in found
     }
@@ -81,12 +81,12 @@ def page(runs):
 def main():
     """Write the start page, trusted, so that its map is alive when it opens."""
     runs = files.root() / "runs"
-    runs.mkdir(exist_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
     notebook = page(runs)
     temporary = runs / ".start.ipynb.tmp"
     nbformat.write(notebook, temporary)
     temporary.replace(runs / "start.ipynb")
-    NotebookNotary().sign(nbformat.read(runs / "start.ipynb", 4))
+    cli.trust(nbformat.read(runs / "start.ipynb", 4))
 
 
 if __name__ == "__main__":

@@ -117,22 +117,31 @@ def run_notebook(name, parameters, output=None, timeout=None):
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ["RSD_HEADLESS"] = "1"
     runtime.log(f"{path.stem}: running -> {files.relative(output)}")
-    cells = _execute(path, output, values, timeout).cells
-    code = [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
-    left = any(out.get("ename") == "SystemExit" for cell in code for out in cell.outputs)
-    if left or any(cell.execution_count is None for cell in code):
-        raise NotebookError(f"{path.stem} left before its end", f"See {files.relative(output)}.")
+    try:
+        notebook = _execute(path, output, values, timeout)
+    except NotebookError:
+        with contextlib.suppress(OSError, ValueError):  # what failed is shown as it is
+            _finish(output)
+        raise
     _finish(output)
+    if not ran_whole(notebook):
+        raise NotebookError(f"{path.stem} left before its end", f"See {files.relative(output)}.")
     return output
+
+
+def ran_whole(notebook):
+    """Tell whether every cell of an executed notebook ran, and none failed or left."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    failed = any(out.output_type == "error" for cell in code for out in cell.outputs)
+    return not failed and all(cell.execution_count for cell in code)
 
 
 _PROGRESS = re.compile(r"^.*: [\d,]+/[\d,]+, about \d+ s left\n", re.M)
 
 
 def _finish(path):
-    """Take progress out of an executed notebook; sign it, so that JupyterLab shows all of it."""
+    """Take progress out of an executed notebook, and trust it."""
     import nbformat
-    from nbformat.sign import NotebookNotary
 
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
@@ -142,6 +151,13 @@ def _finish(path):
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
     files.write_text(path, nbformat.writes(notebook))
+    trust(notebook)
+
+
+def trust(notebook):
+    """Sign a notebook for this user, so that JupyterLab shows all that it holds."""
+    from nbformat.sign import NotebookNotary
+
     with contextlib.suppress(OSError, sqlite3.Error):  # a home that cannot be written to
         NotebookNotary().sign(notebook)
 

@@ -121,12 +121,55 @@ def test_a_picture_handed_in_is_answered_or_refused_by_name(made, monkeypatch):
     explorer = analysis.explore_readers(none, ["before"], {"vit": read}, ask=ask)
     sent = []
     monkeypatch.setattr(explorer, "send", sent.append)
-    for question in ({"path": "my.png"}, {"content": base64.b64encode(b"broken").decode()}):
+    content = base64.b64encode(b"broken").decode()
+    for question in ({"path": "my.png"}, {"content": content}, {"content": 5}):
         explorer._hear(explorer, {"question": question}, [])
-    answered, refused = (unpacked(told["packed"]) for told in sent)
+    answered, refused, odd = (unpacked(told["packed"]) for told in sent)
+    assert odd["said"]
     assert answered["prompts"] == [""]
     assert "cut short" in refused["said"]
     assert refused["prompts"] == ["before"]
+
+
+def explored(kind, frame):
+    pictures = np.zeros((len(frame), 3, 8, 8), np.uint8)
+    if kind == "map":
+        return analysis.explore_map(np.eye(len(frame), 5), pictures, frame)
+    return analysis.explore_pairs(pictures, frame)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "map"])
+def test_odd_tables_are_shown_as_they_are(kind):
+    prompts = pd.Series(["a", None, "b\ud83d"], dtype=object)
+    frame = pd.DataFrame({"prompt": prompts, "small": [1e-5, np.nan, 2e-5]})
+    frame["kind"] = pd.Categorical(["x", None, "y"])
+    frame["flag"] = [True, False, True]
+    frame["count"] = pd.array([1, None, 3], "Int64")
+    told = unpacked(explored(kind, frame).packed)
+    assert told["prompts"] == ["a", "", "b\\ud83d"]
+    assert told["numbers"] == {"small": [1e-5, None, 2e-5], "count": [1, None, 3]}
+    assert told["kinds"]["kind"] == ["x", "–", "y"]
+    flags = told["kinds"]["flag"] if kind == "map" else told["flags"]["flag"]
+    assert flags == (["yes", "no", "yes"] if kind == "map" else [1, 0, 1])
+    assert unpacked(explored(kind, frame.iloc[:1]).packed)["prompts"] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "map"])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pd.DataFrame({"prompt": [], "d": []}),
+        pd.DataFrame({"prompt": ["a"]}),
+        pd.DataFrame([["a", 1, 2]], columns=["prompt", "d", "d"]),
+    ],
+)
+def test_tables_with_nothing_to_show_are_refused_by_name(kind, frame):
+    with pytest.raises(BadValueError):
+        explored(kind, frame)
+    with pytest.raises(BadValueError, match="3 pictures and 4 rows"):
+        analysis.explore_pairs(
+            np.zeros((3, 3, 8, 8), np.uint8), pd.DataFrame({"prompt": ["a"] * 4, "d": 1})
+        )
 
 
 def test_the_plane_is_computed_once(tmp_path, monkeypatch):
@@ -135,8 +178,9 @@ def test_the_plane_is_computed_once(tmp_path, monkeypatch):
     first = np.array(plane(points))
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", None)
     np.testing.assert_array_equal(plane(points), first)
-    with pytest.raises(BadValueError, match="different lengths"):
-        analysis.explore_map(points, np.zeros((3, 3, 8, 8), np.uint8), pd.DataFrame())
+    frame = pd.DataFrame({"prompt": ["a"] * 3, "d": 1})
+    with pytest.raises(BadValueError, match="12 embeddings and 3 rows"):
+        analysis.explore_map(points, np.zeros((3, 3, 8, 8), np.uint8), frame)
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -232,10 +276,43 @@ def test_pairs_answer_to_mouse_and_keys(chromium, made, tmp_path):
         assert "a cat and 17 dogs" in frame.locator(".rsd").inner_text()
 
 
+def test_shift_selects_what_lies_between_in_what_is_shown(chromium, made, tmp_path):
+    with watched(chromium) as page:
+        frame = shown(page, made["pairs"], tmp_path)
+        grid = frame.get_by_role("application")
+        grid.click(position={"x": 3 * 30 + 15, "y": 15})
+        frame.get_by_role("button", name="turn around").click()  # it is the fourth from the end now
+        grid.focus()
+        page.keyboard.press("Shift+Enter")
+        frame.get_by_text("40 of 40 pairs, 37 selected").wait_for()
+        frame.get_by_role("button", name="clear").click()
+        grid.click(position={"x": 15, "y": 15})
+        frame.get_by_label("to", exact=True).fill("25")  # that one is not shown any more
+        grid.click(position={"x": 45, "y": 15}, modifiers=["Shift"])
+        frame.get_by_text("10 of 40 pairs, 2 selected").wait_for()
+
+
+def test_pairs_without_a_number_stay_last(chromium, tmp_path):
+    values = [0.5, np.nan, 0.1, 0.9]
+    frame = pd.DataFrame({"prompt": ["half", "none", "low", "high"], "d": values})
+    explorer = analysis.explore_pairs(np.zeros((4, 3, 8, 8), np.uint8), frame)
+    with watched(chromium) as page:
+        shown_frame = shown(page, explorer, tmp_path)
+        assert "low" in shown_frame.locator(".side").inner_text()
+        shown_frame.get_by_role("button", name="turn around").click()
+        assert "high" in shown_frame.locator(".side").inner_text()
+
+
 def test_the_map_answers_to_lasso_and_keys(chromium, made, tmp_path):
     with watched(chromium) as page:
         frame = shown(page, made["map"], tmp_path)
         place = frame.get_by_role("application").bounding_box()
+        page.mouse.move(place["x"] + 9, place["y"] - 9)  # a line that began elsewhere is none
+        page.mouse.down()
+        page.mouse.move(place["x"] + 9, place["y"] + 9)
+        page.mouse.up()
+        frame.get_by_role("application").click(button="right")
+        frame.get_by_text("40 prompts, 0 selected").wait_for()
         corners = [(2, 2), (555, 2), (555, 435), (2, 435), (2, 200), (3, 100), (4, 50)]
         page.mouse.move(place["x"] + 2, place["y"] + 2)
         page.mouse.down()

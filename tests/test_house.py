@@ -21,7 +21,7 @@ TRACKED = subprocess.run(
 CODE_RUNNERS = {"pickle", "cPickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}
 ROOM = re.compile(r"^\| (\d+) \| `(\w+)` \|", re.M)
 LONGEST = 60  # lines of code of a function
-MOST = 5650  # the aim is 5,000
+MOST = 5675  # the aim is 5,000
 
 
 def code_of(path):

@@ -328,7 +328,10 @@ def hostile(trained, complete):
     ]
     shown = analysis.explore_pairs(pictures, frame)._repr_mimebundle_()
     outputs.append(new.new_output("display_data", shown))
-    cells = [new.new_markdown_cell("# Hostile"), new.new_code_cell("1", outputs=outputs)]
+    cells = [
+        new.new_markdown_cell("# Hostile"),
+        new.new_code_cell("1", outputs=outputs, execution_count=1),
+    ]
     path = trained / "runs/smoke/notebooks/99_hostile.ipynb"
     told = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     told["language_info"] = {"name": "python"}

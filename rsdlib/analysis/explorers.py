@@ -19,8 +19,8 @@ import traitlets
 from PIL import Image
 from pydantic_core import to_json
 
-from rsdlib import data, files
-from rsdlib.errors import BadValueError, RsdError
+from rsdlib import data, files, runtime
+from rsdlib.errors import BadValueError
 
 MOST = 6000  # pictures in one sheet: an explorer's saved form stays below 2 MB
 
@@ -56,7 +56,7 @@ class Explorer(anywidget.AnyWidget):
     def _hear(self, _, told, buffers):
         self.selected = told.get("selected", self.selected)
         packed = _packed(self.answer(told["question"])) if "question" in told else None
-        self.send({"live": True, "packed": packed})
+        self.send({"live": True, "selected": self.selected, "packed": packed})
 
     @property
     def rows(self):
@@ -85,7 +85,9 @@ def _packed(content):
 
 def _sheet(pictures, side, quality=60):
     """Return pictures (n, 3, s, s) as one image, and where each lies in it."""
-    columns = int(np.ceil(np.sqrt(len(pictures)))) or 1
+    if not len(pictures):
+        raise BadValueError("there is no picture to show")
+    columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side))
     for number, picture in enumerate(pictures):
@@ -103,18 +105,28 @@ def spread(rows, most=MOST):
     return np.asarray(rows)[places]
 
 
-def _columns(frame):
+def _columns(pictures, frame):
     """Return a table's columns as the modules take them: prompts, numbers, kinds, flags."""
-    columns = {"prompts": frame["prompt"].tolist(), "numbers": {}, "kinds": {}, "flags": {}}
+    if len(pictures) != len(frame):
+        raise BadValueError(f"there are {len(pictures)} pictures and {len(frame)} rows")
+    if not frame.columns.is_unique or len(frame.columns) < 2:
+        fix = "Hand in a column prompt and others, each once."
+        raise BadValueError(f"the table has the columns {[*frame]}", fix)
+    columns = {"prompts": _texts(frame["prompt"], ""), "numbers": {}, "kinds": {}, "flags": {}}
     for name in frame.columns.drop("prompt"):
         values = frame[name]
         if pd.api.types.is_bool_dtype(values):
-            columns["flags"][name] = values.astype(int).tolist()
+            columns["flags"][name] = values.fillna(False).astype(int).tolist()
         elif pd.api.types.is_numeric_dtype(values):
-            columns["numbers"][name] = values.astype(float).round(4).tolist()
+            numbers = values.to_numpy(float, na_value=np.nan)
+            columns["numbers"][name] = [float(f"{number:.6g}") for number in numbers]
         else:
-            columns["kinds"][name] = values.astype(str).tolist()
+            columns["kinds"][name] = _texts(values, "–")
     return columns
+
+
+def _texts(values, missing):
+    return [missing if pd.isna(value) else runtime.shown(value) for value in values]
 
 
 # --- the explorers --------------------------------------------------------------------------------
@@ -142,20 +154,24 @@ def explore_readers(pictures, prompts, answers, targets=None, notes=None, ask=No
     -------
     Explorer
     """
-    shown = {"notes": notes, "asks": ask is not None}
-    shown |= _readings(pictures, prompts, answers, targets)
+    prompts = _texts(prompts, "")
+    shown = _readings(pictures, prompts, answers, targets)
+    shown |= {"notes": notes, "asks": ask is not None}
     first = [answer.lines(0, name, prompts[0]) for name, answer in answers.items()]
     count = f"{len(prompts)} pictures, {len(answers)} readers. The first:"
     text = "\n".join([count, f"TRUE: {prompts[0]}", *first])
 
     def answer(question):
         try:
-            asked = question.get("path") or base64.b64decode(question["content"])
+            asked = (
+                question["path"] if "path" in question else base64.b64decode(question["content"])
+            )
             picture, prompt, read = ask(asked)
             target = data.embed([prompt]) if prompt else None
-            return _readings(picture[None], [prompt], read, target) | {"asks": True}
-        except (RsdError, OSError) as error:
-            return shown | {"said": str(error)}
+            own = {"asks": True, "own": True}
+            return _readings(picture[None], _texts([prompt], ""), read, target) | own
+        except Exception as error:  # whatever it is, it is said where it was asked
+            return shown | {"said": str(error) or type(error).__name__}
 
     return Explorer("readers", shown, text, 560, answer=answer)
 
@@ -167,7 +183,7 @@ def _readings(pictures, prompts, answers, targets):
         if targets is not None:
             cosines = np.einsum("nd,nd->n", answer.embeddings, targets).round(4).tolist()
             readers[name] = [r | {"cosine": c} for r, c in zip(readers[name], cosines, strict=True)]
-    content = {"prompts": list(prompts), "readers": readers, "scored": targets is not None}
+    content = {"prompts": prompts, "readers": readers, "scored": targets is not None}
     return content | _sheet(pictures, min(pictures.shape[-1], 96))
 
 
@@ -197,11 +213,13 @@ def explore_pairs(pictures, frame, curves=None):
     -------
     Explorer
     """
-    content = _columns(frame) | _sheet(pictures, 32, quality=30)
+    content = _sheet(pictures, 32, quality=30) | _columns(pictures, frame)
+    if not content["numbers"]:
+        raise BadValueError("the table has no number", "Hand in one to sort by.")
     if curves is not None:
         content["curves"] = np.asarray(curves, float).round(3)
     by = next(iter(content["numbers"]))
-    ends = frame.sort_values(by).iloc[[0, 1, -2, -1]][["prompt", by]]
+    ends = frame.sort_values(by).iloc[sorted({0, len(frame) - 1})][["prompt", by]]
     text = f"{len(frame)} pairs; least and most in {by}:\n{ends.to_string(index=False)}"
     return Explorer("pairs", content, text, 620, frame)
 
@@ -211,6 +229,8 @@ def plane(embeddings):
     from sklearn.manifold import TSNE
 
     embeddings = np.asarray(embeddings, np.float32)
+    if len(embeddings) < 4:
+        return np.eye(len(embeddings), 2)
     key = files.checksum({"embeddings": embeddings})[:16]
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
     how = {"metric": "cosine", "init": "random", "random_state": 0, "perplexity": perplexity}
@@ -232,10 +252,12 @@ def explore_map(embeddings, pictures, frame):
     -------
     Explorer
     """
-    if not len(embeddings) == len(pictures) == len(frame):
-        raise BadValueError("embeddings, pictures and table are of different lengths")
-    x, y = plane(embeddings).round(2).T
-    content = _columns(frame) | _sheet(pictures, 48) | {"x": x, "y": y}
+    flags = frame.select_dtypes(bool).columns  # colours like others
+    frame = frame.assign(**{name: frame[name].map({True: "yes", False: "no"}) for name in flags})
+    content = _sheet(pictures, 48) | _columns(pictures, frame)
+    if len(embeddings) != len(frame):
+        raise BadValueError(f"there are {len(embeddings)} embeddings and {len(frame)} rows")
+    content["x"], content["y"] = plane(embeddings).round(2).T
     text = f"{len(frame)} prompts in the plane; {', '.join(frame.columns.drop('prompt'))}:\n"
     text += frame.drop(columns="prompt").describe().round(3).to_string()
     return Explorer("map", content, text, 640, frame)

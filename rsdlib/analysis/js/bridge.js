@@ -15,14 +15,19 @@ export default {
     const hear = (event) => {
       if (!event.data || event.data.explorer !== model.get("key")) return;
       page = event.source;
-      model.send(event.data.told);
       tell({ theme: theme() });
+      try {
+        model.send(event.data.told);
+      } catch {
+        tell({ live: false }); // the kernel is gone
+      }
     };
     const painter = new MutationObserver(() => tell({ theme: theme() }));
     painter.observe(document.body, { attributes: true });
     window.addEventListener("message", hear);
     model.on("msg:custom", tell);
     return () => {
+      tell({ live: false });
       painter.disconnect();
       window.removeEventListener("message", hear);
     };

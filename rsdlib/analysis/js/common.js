@@ -127,6 +127,7 @@ function searcher(prompts) {
 /** Return lines over x as SVG: series [{name, values, dim}], a mark at index `at`. */
 function chart(series, labels, { at = null, width = 360, height = 170, axis = "" } = {}) {
   const all = series.flatMap((one) => one.values).filter((value) => value !== null);
+  if (!all.length) return make("div", { class: "dim" }, `${axis}: not measured`);
   const low = Math.min(...all),
     high = Math.max(...all),
     range = high - low || 1;
@@ -191,12 +192,12 @@ function facts(rows) {
   return make("table", {}, make("tbody", {}, ...body));
 }
 
-const written = (value) =>
-  value === null || value === undefined
-    ? "–"
-    : typeof value === "number"
-      ? String(Math.round(value * 1e4) / 1e4)
-      : String(value);
+/** Return a value as text: whole numbers as they are, others by four digits. */
+function written(value) {
+  if (value === null || value === undefined) return "–";
+  if (typeof value !== "number" || Number.isInteger(value)) return String(value);
+  return String(Number(value.toPrecision(4)));
+}
 
 /** Tell Python something, if it listens: see bridge.js. */
 function tell(told) {
@@ -208,12 +209,21 @@ function select(rows) {
   tell({ selected: [...rows].sort((a, b) => a - b) });
 }
 
-/** Show what a function fills an element with, from what was packed. */
+/** Show again what was there before anything was asked. */
+function startAgain() {
+  window.dispatchEvent(new CustomEvent("again"));
+}
+
+/**
+ * Show what a function fills an element with, from what was packed. What it returns takes up rows
+ * that were selected before.
+ */
 function explorer(fill) {
+  let recall = null;
   const show = async (packed) => {
     const box = make("div", { class: "rsd" });
     try {
-      await fill(await unpack(packed), box);
+      recall = await fill(await unpack(packed), box);
     } catch (error) {
       box.replaceChildren(`This explorer cannot be shown: ${error.message}`);
       console.error(error);
@@ -223,15 +233,17 @@ function explorer(fill) {
   // Python may not listen yet, or never: a saved page goes on without.
   let calls = 0;
   const calling = setInterval(() => (calls++ < 40 ? tell({}) : clearInterval(calling)), 250);
+  window.addEventListener("again", () => show(PACKED));
   window.addEventListener("message", ({ source, data }) => {
     if (source !== parent || source === window) return;
     for (const [name, colour] of Object.entries(data.theme || {})) {
       document.documentElement.style.setProperty(name, colour);
     }
-    if (data.live) {
+    if (data.live && !document.body.classList.contains("live")) {
       clearInterval(calling);
-      document.body.classList.add("live");
+      if (recall && data.selected.length) recall(data.selected);
     }
+    if ("live" in data) document.body.classList.toggle("live", data.live);
     if (data.packed) show(data.packed);
   });
   show(PACKED);

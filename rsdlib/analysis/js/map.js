@@ -149,6 +149,7 @@ explorer((data, box) => {
   }
 
   canvas.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
     lasso = [[event.offsetX, event.offsetY]];
     canvas.setPointerCapture(event.pointerId);
   });
@@ -161,7 +162,12 @@ explorer((data, box) => {
       if (i !== cursor) look(i);
     }
   });
+  canvas.addEventListener("pointercancel", () => {
+    lasso = [];
+    paint();
+  });
   canvas.addEventListener("pointerup", () => {
+    if (!lasso.length) return;
     const drawn =
       lasso.length > 5
         ? px.map((_, i) => i).filter((i) => inside(px[i], py[i]))
@@ -212,4 +218,8 @@ explorer((data, box) => {
     ),
   );
   look(0);
+  return (rows) => {
+    chosen = new Set(rows);
+    paint();
+  };
 });

@@ -56,8 +56,9 @@ explorer((data, box) => {
         ([name, value]) => !value || (flags[name] ? flags[name][i] : kinds[name][i] === value),
       );
     order = prompts.map((_, i) => i).filter((i) => inside(i) && found(i) && fits(i));
-    const key = (i) => rank[i] ?? 101;
-    order.sort((a, b) => (rising ? key(a) - key(b) : key(b) - key(a)) || a - b);
+    const unranked = (i) => rank[i] === null; // these stay last
+    const way = rising ? 1 : -1;
+    order.sort((a, b) => unranked(a) - unranked(b) || way * (rank[a] - rank[b]) || a - b);
     cursor = 0;
     paint();
   }
@@ -134,13 +135,13 @@ explorer((data, box) => {
   }
 
   function toggle(k, through) {
-    const [first, last] =
-      through && anchor !== null ? [Math.min(anchor, k), Math.max(anchor, k)] : [k, k];
+    const from = through ? order.indexOf(anchor) : -1; // the pair may be hidden by now
+    const [first, last] = from < 0 ? [k, k] : [Math.min(from, k), Math.max(from, k)];
     for (let at = first; at <= last; at++) {
       if (chosen.has(order[at]) && first === last) chosen.delete(order[at]);
       else chosen.add(order[at]);
     }
-    anchor = k;
+    anchor = order[k];
     select(chosen);
     paint();
   }
@@ -152,6 +153,7 @@ explorer((data, box) => {
     const k = under(event);
     if (k < order.length && k !== cursor) {
       cursor = k;
+      grid();
       look();
     }
   });
@@ -243,4 +245,8 @@ explorer((data, box) => {
   box.append(make("div", { class: "bar" }, ...bar), make("div", { class: "two" }, scroll, side));
   new ResizeObserver(() => paint()).observe(scroll);
   arrange();
+  return (rows) => {
+    for (const row of rows) chosen.add(row);
+    paint();
+  };
 });

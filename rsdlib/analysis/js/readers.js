@@ -126,6 +126,7 @@ explorer((data, box) => {
 function asking(data) {
   const said = make("span", { role: "status" }, data.said || "");
   const ask = (question) => {
+    if (question.path === "") return;
     said.textContent = "reading …";
     tell({ question });
   };
@@ -161,6 +162,7 @@ function asking(data) {
     file,
     path,
     make("button", { click: () => ask({ path: path.value }) }, "read"),
+    ...(data.own ? [make("button", { click: startAgain }, "back to the others")] : []),
     said,
   );
 }
