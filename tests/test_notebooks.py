@@ -202,6 +202,11 @@ def move_pairs(page):
     expect_rows(page, frame)
     frame.get_by_role("button", name="select all shown").click()
     expect_rows(page, frame)
+    shown = frame.get_by_text(" selected").first.inner_text()
+    command(page, "docmanager:save")
+    page.reload()  # the page comes back, the kernel has never been away
+    page.locator("iframe[title=pairs]").wait_for(timeout=60_000)
+    explorer(page, "pairs").get_by_text(shown).wait_for()
 
 
 def move_map_and_dakl(page):
@@ -401,6 +406,11 @@ def test_the_book_opens_from_a_file_and_can_be_searched(chromium, book, tmp_path
         page.screenshot(path=tmp_path / "front.png")
         page.get_by_role("link", name=re.compile("Four readers|ensemble", re.I)).first.click()
         frame = explorer(page, "map")
+        page.evaluate("document.documentElement.dataset.theme = 'dark'")
+        colour = "getComputedStyle(document.querySelector('.rsd')).backgroundColor.match(/\\d+/)[0]"
+        frame.locator(".rsd").first.wait_for()
+        page.wait_for_timeout(500)
+        assert int(frame.locator(".rsd").evaluate(f"() => {colour}")) < 80
         frame.get_by_label("search in prompts").fill("a")
         frame.get_by_role("button", name="select found").click()
         frame.get_by_text(" selected").first.wait_for()
