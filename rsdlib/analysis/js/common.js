@@ -115,6 +115,12 @@ function slider(name, places, at, change) {
   return { input, box: make("label", {}, `${name} `, input, " ", said) };
 }
 
+/** Return the box for the words that prompts are searched by. */
+function searchBox(change) {
+  const name = { placeholder: "words", "aria-label": "search in prompts" };
+  return make("input", { type: "search", size: 12, input: change, ...name });
+}
+
 /** Return a function that finds the prompts which hold all words of a text. */
 function searcher(prompts) {
   const lower = prompts.map((prompt) => prompt.toLowerCase());

@@ -32,13 +32,7 @@ explorer((data, box) => {
   const count = make("span", { class: "dim", role: "status" });
   const legend = make("div", { class: "dim" });
   const holds = searcher(prompts);
-  const search = make("input", {
-    type: "search",
-    placeholder: "words",
-    "aria-label": "search in prompts",
-    size: 12,
-    input: paint,
-  });
+  const search = searchBox(paint);
 
   // From blue over grey to orange: told apart by all who see colours differently.
   const blend = (share) =>

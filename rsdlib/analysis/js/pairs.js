@@ -26,13 +26,7 @@ explorer((data, box) => {
   const count = make("span", { class: "dim", role: "status" });
   const columns = () => Math.max(Math.floor((scroll.clientWidth - 16) / size), 4);
   const holds = searcher(prompts);
-  const search = make("input", {
-    type: "search",
-    placeholder: "words",
-    "aria-label": "search in prompts",
-    size: 12,
-    input: arrange,
-  });
+  const search = searchBox(arrange);
 
   const ranked = {};
   for (const [name, values] of Object.entries(numbers)) {

@@ -79,13 +79,7 @@ explorer((data, box) => {
   }
 
   const holds = searcher(prompts);
-  const search = make("input", {
-    type: "search",
-    placeholder: "words",
-    "aria-label": "search in prompts",
-    size: 12,
-  });
-  search.addEventListener("input", () => {
+  const search = searchBox(() => {
     order = prompts.map((_, i) => i).filter(holds(search.value));
     show(0);
   });
