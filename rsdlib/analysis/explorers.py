@@ -212,6 +212,11 @@ def explore_pairs(pictures, frame, curves=None):
     Returns
     -------
     Explorer
+
+    Raises
+    ------
+    BadValueError
+        There is nothing to show, lengths differ, or a column is missing or there twice.
     """
     content = _sheet(pictures, 32, quality=30) | _columns(pictures, frame)
     if not content["numbers"]:
@@ -251,6 +256,11 @@ def explore_map(embeddings, pictures, frame):
     Returns
     -------
     Explorer
+
+    Raises
+    ------
+    BadValueError
+        There is nothing to show, lengths differ, or a column is missing or there twice.
     """
     flags = frame.select_dtypes(bool).columns  # colours like others
     frame = frame.assign(**{name: frame[name].map({True: "yes", False: "no"}) for name in flags})
