@@ -84,7 +84,7 @@ def frame_of(notebook, name):
     return pages[-1]
 
 
-def seconds(frame, move):
+def milliseconds(frame, move):
     """Return the milliseconds until each of several moves is painted."""
     script = f"async () => {{ {TOOLS} const taken = []; for (let k = 0; k < {TIMES}; k++) {{"
     script += f"await painted(); const start = performance.now(); {move}; await painted();"
@@ -110,7 +110,7 @@ def main():
                 page.goto(path.as_uri())
                 page.frames[1].locator(".rsd .bar").first.wait_for()
                 for kind, move in MOVES[name].items():
-                    taken = seconds(page.frames[1], move)
+                    taken = milliseconds(page.frames[1], move)
                     median, most = statistics.median(taken), max(taken)
                     good &= median <= 100
                     size = f"{len(content) / 1e6:5.2f}"

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one cor
 
 import pytest
 import warm
+from browser import browser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -92,3 +93,10 @@ def decodes(monkeypatch):
 
     monkeypatch.setattr(extraction, "decode_image", count)
     return names
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Yield a browser, or skip the test by name where there is none."""
+    with browser() as started:
+        yield started

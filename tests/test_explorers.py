@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pandas as pd
 import pytest
-from browser import EVIL, browser, watched
+from browser import EVIL, watched
 
 from rsdlib import analysis
 from rsdlib.analysis.explorers import Explorer, plane
@@ -184,12 +184,6 @@ def test_the_plane_is_computed_once(tmp_path, monkeypatch):
 
 
 # --- in a browser ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as started:
-        yield started
 
 
 def shown(page, explorer, tmp_path):

@@ -13,7 +13,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from browser import EVIL, browser, command, lab, open_notebook, run_last, shut, watched
+from browser import EVIL, command, lab, open_notebook, run_last, shut, watched
 from conftest import REPOSITORY, rsd
 from nbformat.sign import NotebookNotary
 from papermill.iorw import load_notebook_node
@@ -164,12 +164,6 @@ def test_predictions_of_the_run_folder_are_those_of_the_predictor(trained):
 
 
 # --- in JupyterLab and as a book, in a browser ----------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

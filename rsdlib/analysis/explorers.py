@@ -54,9 +54,12 @@ class Explorer(anywidget.AnyWidget):
         self.on_msg(self._hear)
 
     def _hear(self, _, told, buffers):
-        self.selected = told.get("selected", self.selected)
-        packed = _packed(self.answer(told["question"])) if "question" in told else None
-        self.send({"live": True, "selected": self.selected, "packed": packed})
+        if "selected" in told:
+            self.selected = told["selected"]
+        elif "question" in told:
+            self.send({"packed": _packed(self.answer(told["question"]))})
+        else:  # a page asks whether somebody listens
+            self.send({"live": True, "selected": self.selected})
 
     @property
     def rows(self):
@@ -181,8 +184,9 @@ def _readings(pictures, prompts, answers, targets):
     for name, answer in answers.items():
         readers[name] = [_reading(answer, i, prompt) for i, prompt in enumerate(prompts)]
         if targets is not None:
-            cosines = np.einsum("nd,nd->n", answer.embeddings, targets).round(4).tolist()
-            readers[name] = [r | {"cosine": c} for r, c in zip(readers[name], cosines, strict=True)]
+            cosines = data.cosine(answer.embeddings, targets).round(4).tolist()
+            for reading, cosine in zip(readers[name], cosines, strict=True):
+                reading["cosine"] = cosine
     content = {"prompts": prompts, "readers": readers, "scored": targets is not None}
     return content | _sheet(pictures, min(pictures.shape[-1], 96))
 

@@ -190,6 +190,12 @@ function chart(series, labels, { at = null, width = 360, height = 170, axis = ""
   return svg;
 }
 
+/** Return the numbers and kinds of row `i`, as [name, value] rows. */
+function known({ numbers, kinds }, i) {
+  const columns = [...Object.entries(numbers), ...Object.entries(kinds)];
+  return columns.map(([name, values]) => [name, written(values[i])]);
+}
+
 /** Return what is known of a pair as a table: [name, value] rows. */
 function facts(rows) {
   const body = rows.map(([name, value]) =>
@@ -215,21 +221,16 @@ function select(rows) {
   tell({ selected: [...rows].sort((a, b) => a - b) });
 }
 
-/** Show again what was there before anything was asked. */
-function startAgain() {
-  window.dispatchEvent(new CustomEvent("again"));
-}
-
 /**
- * Show what a function fills an element with, from what was packed. What it returns takes up rows
- * that were selected before.
+ * Show what a function fills an element with, from what was packed. It also gets a way back to what
+ * was there before anything was asked; what it returns takes up rows that were selected before.
  */
 function explorer(fill) {
   let recall = null;
   const show = async (packed) => {
     const box = make("div", { class: "rsd" });
     try {
-      recall = await fill(await unpack(packed), box);
+      recall = await fill(await unpack(packed), box, () => show(PACKED));
     } catch (error) {
       box.replaceChildren(`This explorer cannot be shown: ${error.message}`);
       console.error(error);
@@ -239,7 +240,6 @@ function explorer(fill) {
   // Python may not listen yet, or never: a saved page goes on without.
   let calls = 0;
   const calling = setInterval(() => (calls++ < 40 ? tell({}) : clearInterval(calling)), 250);
-  window.addEventListener("again", () => show(PACKED));
   window.addEventListener("message", ({ source, data }) => {
     if (source !== parent || source === window) return;
     for (const [name, colour] of Object.entries(data.theme || {})) {

@@ -104,14 +104,10 @@ explorer((data, box) => {
 
   function look(i) {
     cursor = i;
-    const rows = [...Object.entries(numbers), ...Object.entries(kinds)].map(([name, values]) => [
-      name,
-      written(values[i]),
-    ]);
     side.replaceChildren(
       portrait(data, i, 160, prompts[i]),
       make("div", { class: "text" }, prompts[i]),
-      facts(rows),
+      facts(known(data, i)),
     );
     paint();
   }

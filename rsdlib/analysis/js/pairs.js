@@ -96,10 +96,7 @@ explorer((data, box) => {
       return;
     }
     const i = order[cursor];
-    const rows = [
-      ...Object.entries(numbers).map(([name, values]) => [name, written(values[i])]),
-      ...Object.entries(kinds).map(([name, values]) => [name, written(values[i])]),
-    ];
+    const rows = known(data, i);
     const causes = Object.keys(flags).filter((name) => flags[name][i]);
     if (causes.length) rows.push(["causes", causes.join(", ")]);
     const curve = data.curves && data.curves[i];

@@ -1,6 +1,6 @@
 // One picture, and what every reader makes of it.
 
-explorer((data, box) => {
+explorer((data, box, again) => {
   const { prompts, readers } = data;
   const names = Object.keys(readers);
   let order = prompts.map((_, i) => i),
@@ -73,7 +73,7 @@ explorer((data, box) => {
   }
 
   function sort(by, best) {
-    const score = (i) => readers[by][i].cosine ?? -2;
+    const score = (i) => readers[by][i].cosine;
     order.sort((a, b) => (best ? score(b) - score(a) : score(a) - score(b)) || a - b);
     show(0);
   }
@@ -109,7 +109,7 @@ explorer((data, box) => {
   };
   box.addEventListener("keydown", keys);
   box.append(
-    ...(data.asks ? [asking(data)] : []),
+    ...(data.asks ? [asking(data, again)] : []),
     make("div", { class: "bar" }, ...bar, search, found),
     make("div", { class: "two" }, frame, side),
   );
@@ -117,7 +117,7 @@ explorer((data, box) => {
 });
 
 /** Return the place where a picture of one's own is handed in, as a file or by its path. */
-function asking(data) {
+function asking(data, again) {
   const said = make("span", { role: "status" }, data.said || "");
   const ask = (question) => {
     if (question.path === "") return;
@@ -156,7 +156,7 @@ function asking(data) {
     file,
     path,
     make("button", { click: () => ask({ path: path.value }) }, "read"),
-    ...(data.own ? [make("button", { click: startAgain }, "back to the others")] : []),
+    ...(data.own ? [make("button", { click: again }, "back to the others")] : []),
     said,
   );
 }
